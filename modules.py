@@ -1,0 +1,644 @@
+"""The network and the diffusion: a UNet that predicts noise, and the process it inverts.
+
+Read top to bottom like the paper: `UNet` (Ho et al. 2020, section 4 and appendix B), then
+`NoiseScheduler` (forward process, eq. 4; reverse process, eq. 7; DDIM, Song et al. 2021), then
+`EMA`. Tensor names and arithmetic are those of diffusers' `UNet2DModel`, and the scheduler's
+config keys those of its `DDPMScheduler`, so that a model trained here opens there.
+
+Conventions: images are float32 in [-1, 1] with shape (B, C, H, W); B batch, C channels, H rows,
+W columns. Timesteps count from 0 (almost clean) to T - 1 (noise). State, schedule and loss are
+float32 whatever type the network computes in.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------
+# UNet
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything that rebuilds a `UNet`; stored in every checkpoint. Names follow diffusers.
+
+    sample_size: (H, W) in pixels that the net is meant for; fixes where attention stands.
+    block_out_channels: channels of each level, finest first.
+    attention_resolutions: shorter sides, in pixels of the feature map, of the levels that get
+        self-attention. The middle block always has it.
+    patch_size: side of the pixel blocks that are folded into channels in front of the net and
+        unfolded behind it. 2 means a quarter of the positions, about a quarter of the work.
+    num_class_embeds: number of class labels; None for an unconditional net.
+
+    Raises ValueError for a shape that cannot be built, naming the field and the mend.
+    """
+
+    sample_size: tuple[int, int] = (64, 64)
+    in_channels: int = 1
+    out_channels: int = 1
+    block_out_channels: tuple[int, ...] = (64, 128, 256)
+    layers_per_block: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    attention_head_dim: int = 32
+    norm_num_groups: int = 32
+    dropout: float = 0.0
+    num_class_embeds: int | None = None
+    patch_size: int = 1
+
+    def __post_init__(self):
+        for name in ("sample_size", "block_out_channels", "attention_resolutions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON brings lists
+        for channels in self.block_out_channels:
+            for name in ("norm_num_groups", "attention_head_dim"):
+                if channels % getattr(self, name):
+                    raise ValueError(f"block_out_channels: {channels} is not a multiple of "
+                                     f"{name} = {getattr(self, name)}")
+        self.check_size(*self.sample_size)
+        missing = set(self.attention_resolutions) - set(self.resolutions)
+        if missing:
+            raise ValueError(f"attention_resolutions: no level has a side of {min(missing)} px; "
+                             f"the levels have {list(self.resolutions)}")
+
+    @property
+    def size_multiple(self) -> int:
+        """H and W must be multiples of this."""
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Shorter side of each level's feature map, in pixels, finest first."""
+        side = min(self.sample_size) // self.patch_size
+        return tuple(side // 2**level for level in range(len(self.block_out_channels)))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError if the net cannot halve an image of this size at every level."""
+        multiple = self.size_multiple
+        if height % multiple or width % multiple or min(height, width) <= 0:
+            fit = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+            raise ValueError(f"image size {height}x{width} (rows x columns) is not divisible by "
+                             f"{multiple}; the nearest that is: {fit[0]}x{fit[1]}")
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding: (B,) timesteps -> (B, dim) float32, cosines first.
+
+    Vaswani et al. 2017, section 3.5, as Ho et al. use it for t; the order follows diffusers'
+    `flip_sin_to_cos=True, freq_shift=0`.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two-layer MLP: (B, in_dim) sinusoids -> (B, dim)."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """Residual block: (B, in, H, W), (B, temb_dim) -> (B, out, H, W).
+
+    GroupNorm, SiLU, 3x3 conv, timestep embedding added, GroupNorm, SiLU, dropout, 3x3 conv;
+    a 1x1 convolution on the skip where the channels change (Ho et al., appendix B).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, config: UNetConfig):
+        super().__init__()
+        groups = config.norm_num_groups
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_dim, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions, with a residual: (B, C, H, W) -> same."""
+
+    def __init__(self, channels: int, config: UNetConfig):
+        super().__init__()
+        self.num_heads = channels // config.attention_head_dim
+        self.group_norm = nn.GroupNorm(config.norm_num_groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # named to_out.0 there
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)  # (B, HW, C)
+        q, k, v = (
+            project(tokens).view(b, h * w, self.num_heads, -1).transpose(1, 2)  # (B, nh, HW, d)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = self.to_out[0](out.transpose(1, 2).reshape(b, h * w, c))
+        return x + out.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Strided 3x3 convolution: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Block(nn.Module):
+    """One level of the UNet: residual blocks, each followed by attention where it is wanted."""
+
+    def __init__(self, channels: list[tuple[int, int]], attention: bool, temb_dim: int,
+                 config: UNetConfig):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(i, o, temb_dim, config) for i, o in channels)
+        if attention:
+            self.attentions = nn.ModuleList(Attention(o, config) for _, o in channels)
+
+    def layer(self, index: int, x: Tensor, temb: Tensor) -> Tensor:
+        """Residual block `index` and its attention."""
+        x = self.resnets[index](x, temb)
+        return self.attentions[index](x) if hasattr(self, "attentions") else x
+
+
+class DownBlock(Block):
+    """A level on the way down; hands every intermediate result on as a skip connection."""
+
+    def __init__(self, channels, attention, temb_dim, config, downsample: bool):
+        super().__init__(channels, attention, temb_dim, config)
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(channels[-1][1])])
+
+    def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for index in range(len(self.resnets)):
+            x = self.layer(index, x, temb)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """The coarsest level: residual block, attention, residual block."""
+
+    def __init__(self, channels: int, temb_dim: int, config: UNetConfig):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, channels, temb_dim, config) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, config)])
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb)), temb)
+
+
+class UpBlock(Block):
+    """A level on the way up; every residual block takes one skip connection beside its input."""
+
+    def __init__(self, channels, attention, temb_dim, config, upsample: bool):
+        super().__init__(channels, attention, temb_dim, config)
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(channels[-1][1])])
+
+    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor) -> Tensor:
+        for index in range(len(self.resnets)):
+            x = self.layer(index, torch.cat([x, skips.pop()], dim=1), temb)
+        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+
+
+class UNet(nn.Module):
+    """The denoiser: noisy images and their timesteps in, one prediction per pixel out.
+
+    Same tensor names and arithmetic as diffusers' `UNet2DModel` (with `patch_size` > 1, as that
+    model between `pixel_unshuffle` and `pixel_shuffle`).
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, depth, patch = config.block_out_channels, config.layers_per_block, config.patch_size
+        temb_dim, last = 4 * widths[0], len(widths) - 1
+        attention = [side in config.attention_resolutions for side in config.resolutions]
+
+        self.conv_in = nn.Conv2d(config.in_channels * patch**2, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], temb_dim)
+        if config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, temb_dim)
+
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        skip_channels, current = [widths[0]], widths[0]
+        for level, width in enumerate(widths):
+            channels = [(current if i == 0 else width, width) for i in range(depth)]
+            self.down_blocks.append(
+                DownBlock(channels, attention[level], temb_dim, config, downsample=level < last))
+            skip_channels += [width] * (depth + (level < last))
+            current = width
+        self.mid_block = MidBlock(current, temb_dim, config)
+        for level, width in reversed(list(enumerate(widths))):
+            channels = []
+            for _ in range(depth + 1):
+                channels.append((current + skip_channels.pop(), width))
+                current = width
+            self.up_blocks.append(
+                UpBlock(channels, attention[level], temb_dim, config, upsample=level > 0))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels * patch**2, 3, padding=1)
+        self._zero_residual_branches()
+
+    def _zero_residual_branches(self) -> None:
+        """Zeroes the last layer of every residual branch and of the net (Ho et al., their code).
+
+        Each block then starts as the identity and the net as a prediction of zero.
+        """
+        last_layers = [self.conv_out]
+        last_layers += [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock)]
+        last_layers += [m.to_out[0] for m in self.modules() if isinstance(m, Attention)]
+        for layer in last_layers:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
+                ) -> Tensor:
+        """(B, in_channels, H, W), (B,) timesteps, (B,) labels or None -> (B, out_channels, H, W).
+
+        Raises ValueError if H or W cannot be halved at every level, or if labels are missing
+        from a net with `num_class_embeds` or given to one without.
+        """
+        self.config.check_size(*sample.shape[-2:])
+        if (class_labels is None) != (self.config.num_class_embeds is None):
+            raise ValueError("class_labels go with num_class_embeds: give both or neither")
+
+        temb = self.time_embedding(timestep_embedding(timestep, self.conv_in.out_channels)
+                                   .to(self.conv_in.weight.dtype))  # (B, 4 * C0)
+        if class_labels is not None:
+            temb = temb + self.class_embedding(class_labels)
+
+        x = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))  # (B, C0, H/p, W/p)
+        skips = [x]
+        for block in self.down_blocks:
+            x, block_skips = block(x, temb)  # (B, C_l, H/p/2^l, W/p/2^l)
+            skips += block_skips
+        x = self.mid_block(x, temb)
+        for block in self.up_blocks:
+            x = block(x, skips, temb)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out * p^2, H/p, W/p)
+        return F.pixel_shuffle(x, self.config.patch_size)
+
+
+# ---------------------------------------------------------------------------------------------
+# Diffusion
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The diffusion, in the keys of diffusers' `DDPMScheduler`; stored in every checkpoint.
+
+    beta_schedule: "linear" (Ho et al., section 4) or "squaredcos_cap_v2", the cosine schedule
+        (Nichol & Dhariwal, eq. 17).
+    rescale_betas_zero_snr: shift the schedule so that no signal is left at T - 1 (Lin et al.
+        2024, algorithm 1).
+    prediction_type: what the net predicts: "epsilon", "v_prediction" (Salimans & Ho 2022,
+        appendix D) or "sample".
+    variance_type: of the ancestral step: "fixed_small" (posterior variance, right for a fixed
+        image) or "fixed_large" (beta_t, right for white noise); Ho et al., section 3.2.
+    clip_sample: clip the predicted clean image to [-1, 1] at every reverse step.
+
+    Raises ValueError for values that make no diffusion, naming the field.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "squaredcos_cap_v2"
+    rescale_betas_zero_snr: bool = False
+    prediction_type: str = "v_prediction"
+    variance_type: str = "fixed_small"
+    clip_sample: bool = True
+
+    def __post_init__(self):
+        choices = {
+            "beta_schedule": ("linear", "squaredcos_cap_v2"),
+            "prediction_type": ("epsilon", "v_prediction", "sample"),
+            "variance_type": ("fixed_small", "fixed_large"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {list(allowed)}")
+        if self.num_train_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError("num_train_timesteps must be at least 1 and "
+                             "0 < beta_start <= beta_end < 1")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError("prediction_type: epsilon says nothing at a zero signal-to-noise "
+                             "ratio; take v_prediction or sample with rescale_betas_zero_snr")
+
+
+SCHEDULES = ("linear", "cosine", "zero-snr")
+
+
+def make_scheduler_config(schedule: str, num_train_timesteps: int = 1000,
+                          prediction_type: str = "v_prediction") -> SchedulerConfig:
+    """The config of a named schedule (one of `SCHEDULES`) for any number of timesteps.
+
+    Linear betas are scaled by 1000 / T, so that T steps end at the noise level that 1000 do
+    (Nichol & Dhariwal's code).
+    """
+    scale = 1000 / num_train_timesteps
+    return SchedulerConfig(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=min(1e-4 * scale, 0.999),
+        beta_end=min(0.02 * scale, 0.999),
+        beta_schedule="squaredcos_cap_v2" if schedule == "cosine" else "linear",
+        rescale_betas_zero_snr=schedule == "zero-snr",
+        prediction_type=prediction_type,
+    )
+
+
+def make_betas(config: SchedulerConfig) -> Tensor:
+    """beta_0 .. beta_{T-1} as a (T,) float64 tensor."""
+    steps = config.num_train_timesteps
+    if config.beta_schedule == "linear":
+        betas = torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float64)
+    else:
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        # Capped, as otherwise the last alpha is zero and the reverse step divides by it.
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    if config.rescale_betas_zero_snr:
+        root = (1 - betas).cumprod(0).sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alpha_bar = root**2
+        betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return betas
+
+
+class NoiseScheduler:
+    """Forward and reverse process over a fixed table of noise levels.
+
+    The tables (`betas`, `alphas_cumprod`, (T,), on the CPU) are float64, never changed, and
+    never cast to an image's type: in bfloat16, the first alphas_cumprod would round to 1 and
+    leave whole timesteps without noise. `alphas_cumprod[t]` is the paper's alpha-bar of t + 1.
+    """
+
+    def __init__(self, config: SchedulerConfig):
+        self.config = config
+        self.betas = make_betas(config)
+        self.alphas_cumprod = (1 - self.betas).cumprod(0)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    # Forward process ---------------------------------------------------------------------
+
+    def _signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha-bar) and sqrt(1 - alpha-bar) at (B,) timesteps, as float32 (B, 1, 1, 1)."""
+        device = timesteps.device
+        if device not in self._tables:
+            pair = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+            self._tables[device] = tuple(table.float().to(device) for table in pair)
+        signal, noise = self._tables[device]
+        return signal[timesteps][:, None, None, None], noise[timesteps][:, None, None, None]
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """q(x_t | x_0), Ho et al. eq. 4: (B, C, H, W) images and unit noise, (B,) timesteps.
+
+        Returns x_t as float32, whatever the type of the images.
+        """
+        signal, sigma = self._signal_and_noise(timesteps)
+        return signal * original_samples.float() + sigma * noise.float()
+
+    def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor
+                        ) -> Tensor:
+        """What the net should say at (B,) timesteps, float32 (B, C, H, W): `prediction_type`."""
+        if self.config.prediction_type == "epsilon":
+            return noise.float()
+        if self.config.prediction_type == "sample":
+            return original_samples.float()
+        signal, sigma = self._signal_and_noise(timesteps)
+        return signal * noise.float() - sigma * original_samples.float()
+
+    # Reverse process ---------------------------------------------------------------------
+
+    def timesteps(self, num_inference_steps: int) -> list[int]:
+        """A falling sub-sequence of `num_inference_steps` timesteps that starts at T - 1.
+
+        Evenly spaced from the noisy end ("trailing", Lin et al. 2024, table 2), because sampling
+        starts from pure noise and the net must be told so.
+
+        Raises ValueError unless 1 <= num_inference_steps <= T.
+        """
+        total = self.config.num_train_timesteps
+        if not 1 <= num_inference_steps <= total:
+            raise ValueError(f"num_inference_steps must be 1 to {total}, the number of steps "
+                             f"in training, not {num_inference_steps}")
+        return [round(total - i * total / num_inference_steps) - 1
+                for i in range(num_inference_steps)]
+
+    def _alpha_bar(self, timestep: int) -> float:
+        """alphas_cumprod[timestep]; 1, the clean image, for the timestep -1."""
+        return 1.0 if timestep < 0 else self.alphas_cumprod[timestep].item()
+
+    def predict_clean(self, model_output: Tensor, timestep: int, sample: Tensor
+                      ) -> tuple[Tensor, Tensor]:
+        """The clean image and the noise that the net's output at `timestep` stands for.
+
+        `sample` is x_t, (B, C, H, W). Where the image is clipped, the noise is made to fit it.
+        Salimans & Ho 2022, section 4 and appendix D.
+        """
+        alpha_bar = self._alpha_bar(timestep)
+        signal, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        output = model_output.float()
+        if self.config.prediction_type == "epsilon":
+            clean = (sample - sigma * output) / signal
+        elif self.config.prediction_type == "sample":
+            clean = output
+        else:
+            clean = signal * sample - sigma * output
+        if self.config.clip_sample:
+            clean = clean.clamp(-1, 1)
+        return clean, (sample - signal * clean) / sigma
+
+    def ddpm_step(self, model_output: Tensor, timestep: int, prev_timestep: int, sample: Tensor,
+                  noise: Tensor) -> Tensor:
+        """Ancestral step x_t -> x_prev, Ho et al. eq. 6 and 7, over any gap between the two.
+
+        `sample` and unit `noise`: float32 (B, C, H, W); `prev_timestep` is -1 for the last step,
+        which adds no noise (Ho et al., algorithm 2).
+        """
+        clean, _ = self.predict_clean(model_output, timestep, sample)
+        alpha_bar, alpha_bar_prev = self._alpha_bar(timestep), self._alpha_bar(prev_timestep)
+        alpha = alpha_bar / alpha_bar_prev
+        beta = 1 - alpha
+        mean = (math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * clean
+                + math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar) * sample)
+        if prev_timestep < 0:
+            return mean
+        variance = beta
+        if self.config.variance_type == "fixed_small":
+            variance *= (1 - alpha_bar_prev) / (1 - alpha_bar)
+        return mean + math.sqrt(variance) * noise
+
+    def ddim_step(self, model_output: Tensor, timestep: int, prev_timestep: int, sample: Tensor,
+                  noise: Tensor | None = None, eta: float = 0.0) -> Tensor:
+        """Step x_t -> x_prev of Song et al. 2021, eq. 12, with sigma of eq. 16 times `eta`.
+
+        eta 0 is deterministic and needs no noise; 1 is as random as the ancestral step with the
+        small variance. Shapes as in `ddpm_step`.
+        """
+        clean, epsilon = self.predict_clean(model_output, timestep, sample)
+        alpha_bar, alpha_bar_prev = self._alpha_bar(timestep), self._alpha_bar(prev_timestep)
+        variance = (eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar)
+                    * (1 - alpha_bar / alpha_bar_prev))
+        direction = math.sqrt(max(1 - alpha_bar_prev - variance, 0.0))
+        previous = math.sqrt(alpha_bar_prev) * clean + direction * epsilon
+        return previous if variance == 0 else previous + math.sqrt(variance) * noise
+
+
+SAMPLERS = ("ddim", "ddpm")
+
+
+def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """A source of unit noise in which image i depends on seeds[i] alone.
+
+    Each call returns the next float32 (len(seeds), *shape). Drawn on the CPU, so that a seed
+    means the same noise on every device.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+@torch.inference_mode()
+def reverse_process(net: Callable[[Tensor, Tensor], Tensor], scheduler: NoiseScheduler,
+                    noise: Callable[[], Tensor], num_inference_steps: int,
+                    sampler: str = "ddim", eta: float = 0.0,
+                    device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """From noise to images: yields x_{T-1}, then the state after each step, the image last.
+
+    net: the denoiser, (B, C, H, W) and (B,) timesteps -> (B, C, H, W).
+    noise: source of unit noise (B, C, H, W), called for the start and for each random step.
+    Each state is a float32 (B, C, H, W) on `device`; the last lies in [-1, 1] if clipped.
+    Ho et al., algorithm 2 ("ddpm"); Song et al., eq. 12 ("ddim").
+    """
+    sample = noise().to(device)
+    yield sample
+    timesteps = scheduler.timesteps(num_inference_steps)
+    for timestep, prev in zip(timesteps, timesteps[1:] + [-1]):
+        output = net(sample, torch.full((len(sample),), timestep, device=device))
+        random = sampler == "ddpm" or eta > 0
+        fresh = noise().to(device) if random and prev >= 0 else None
+        if sampler == "ddpm":
+            sample = scheduler.ddpm_step(output, timestep, prev, sample, fresh)
+        else:
+            sample = scheduler.ddim_step(output, timestep, prev, sample, fresh, eta)
+        yield sample
+
+
+# ---------------------------------------------------------------------------------------------
+# Averaged weights, and where the network runs
+# ---------------------------------------------------------------------------------------------
+
+
+class EMA:
+    """Exponential moving average of a net's parameters; buffers are copied, never averaged.
+
+    The decay ramps up as min(decay, (1 + n) / (10 + n)) over n updates, so that a short run
+    averages over its last tenth and not over the initial net.
+    """
+
+    def __init__(self, net: nn.Module, decay: float = 0.9999):
+        self.decay = decay
+        self.num_updates = 0
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, net: nn.Module) -> None:
+        """Moves the average towards the weights of `net`."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        averaged, current = list(self.net.parameters()), list(net.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        for ours, theirs in zip(self.net.buffers(), net.buffers()):
+            ours.copy_(theirs)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name, or the fastest here for "auto": cuda, then mps, then cpu.
+
+    Raises ValueError if the device is unknown or not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {name!r} is not on this machine; take cpu, or leave it out "
+                         "for the fastest that is") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type the network computes in: "float32", "bfloat16", or the faster one for "auto".
+
+    bfloat16 is faster where the hardware has it: NVIDIA cards from Ampere on, and CPUs with the
+    instructions for it (elsewhere a CPU emulates it, many times slower).
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
+        native = "avx512_bf16" in flags or "amx_bf16" in flags
+    return torch.bfloat16 if native else torch.float32
+
+
+def config_from_dict(cls: type, values: dict):
+    """Rebuilds a config dataclass from a checkpoint's dict.
+
+    Raises ValueError for keys that the class does not have, or values it refuses.
+    """
+    unknown = set(values) - {field.name for field in fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {min(unknown)!r}")
+    return cls(**values)

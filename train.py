@@ -1,0 +1,641 @@
+"""Trains, validates, tests and saves the diffusion model.
+
+    python train.py                          phantoms, a few minutes on two cores
+    python train.py --data ROOT              real slices at 64 pixels
+    python train.py --data ROOT --preset 128
+
+Everything goes to one run folder: checkpoint.pt, config.json, metrics.csv, loss.png, samples/ and,
+at the end, results.json and model.safetensors (the averaged weights in half precision). The same
+command again continues where the run stopped, also after Ctrl-C, SIGTERM or SIGUSR1.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import resource
+import signal
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset import (Slices, UserError, batch_indices, load_splits, run_cli, save_grid,
+                     write_atomic)
+from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
+                     choose_device, choose_dtype, config_from_dict, make_scheduler_config,
+                     reverse_process, seeded_noise)
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+
+FORMAT = "oasis-diffusion-1"
+EVAL_SEED = 2**32  # far from the seeds that people give their slices
+QUARTILES = ("q1", "q2", "q3", "q4")
+COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUARTILES),
+           "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run is, beside its net and its diffusion; stored in every checkpoint.
+
+    Two runs with equal configs, on equal hardware, are equal bit for bit. `steps` alone may grow
+    when a run is continued.
+    """
+
+    data: str = "phantoms"
+    steps: int = 2000
+    batch_size: int = 32
+    accumulate: int = 1
+    learning_rate: float = 5e-4
+    warmup_steps: int = 200
+    lr_schedule: str = "cosine"
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema_decay: float = 0.9999
+    flip: bool = False
+    seed: int = 0
+    dtype: str = "float32"
+
+
+# Grounds for the numbers: README, "Training". Every preset folds 2x2 pixel blocks, so that the
+# finest level of the 64-pixel net works at 32x32, the size of the CIFAR nets of Ho et al.
+PRESETS = {
+    "quick": dict(image_size=64, block_out_channels=(32, 64, 96), layers_per_block=1,
+                  dropout=0.0, batch_size=16, steps=2400, learning_rate=1e-3, save_every=400),
+    "64": dict(image_size=64, block_out_channels=(96, 128, 128), layers_per_block=2,
+               dropout=0.0, batch_size=16, steps=6400, learning_rate=5e-4, save_every=400),
+    "128": dict(image_size=128, block_out_channels=(64, 128, 192, 256), layers_per_block=2,
+                dropout=0.1, batch_size=32, steps=60_000, learning_rate=3e-4, save_every=2000),
+    "256": dict(image_size=256, block_out_channels=(64, 64, 128, 192, 256), layers_per_block=2,
+                dropout=0.1, batch_size=16, steps=100_000, learning_rate=2e-4, save_every=2000),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains a denoising diffusion model of brain MRI slices.",
+        epilog="Options without a default take the preset's value.")
+    add = parser.add_argument
+    what = parser.add_argument_group("data and run")
+    what.add_argument("--data", type=Path, metavar="ROOT",
+                      help="folder of slices (default: built-in phantoms)")
+    what.add_argument("--run", type=Path, metavar="DIR",
+                      help="run folder (default: runs/DATA-PRESET)")
+    what.add_argument("--preset", choices=PRESETS,
+                      help="net and hyperparameters (default: 64 with --data, else quick)")
+    what.add_argument("--image-size", metavar="S",
+                      help="side in pixels after square padding, or 'native' for the slices' own "
+                           "size")
+    what.add_argument("--cache", type=Path, metavar="DIR",
+                      help="where decoded slices are kept (default: ~/.cache/oasis-diffusion)")
+    what.add_argument("--flip", action="store_true",
+                      help="flip slices left to right at random (default: off; anatomy is not "
+                           "symmetric)")
+    what.add_argument("--seed", type=int, default=0, metavar="K",
+                      help="seed of weights, order, timesteps and noise (default: %(default)s)")
+    how = parser.add_argument_group("optimisation")
+    how.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps in all")
+    how.add_argument("--batch-size", type=positive_int, metavar="B", help="slices per step")
+    how.add_argument("--accumulate", type=positive_int, default=1, metavar="A",
+                     help="micro-batches that a step is worked off in, to save memory "
+                          "(default: %(default)s)")
+    how.add_argument("--learning-rate", type=positive_float, metavar="R",
+                     help="AdamW's peak learning rate")
+    how.add_argument("--warmup-steps", type=int, default=200, metavar="N",
+                     help="steps of linear warm-up (default: %(default)s)")
+    how.add_argument("--lr-schedule", choices=("cosine", "constant"), default="cosine",
+                     help="after the warm-up (default: %(default)s, to zero at the last step)")
+    how.add_argument("--weight-decay", type=float, default=0.0, metavar="W",
+                     help="AdamW's weight decay per step and learning rate (default: %(default)s)")
+    how.add_argument("--grad-clip", type=positive_float, default=1.0, metavar="G",
+                     help="largest gradient norm (default: %(default)s)")
+    how.add_argument("--ema-decay", type=float, default=0.9999, metavar="D",
+                     help="decay per step of the averaged weights, reached by a ramp "
+                          "(default: %(default)s)")
+    what = parser.add_argument_group("diffusion and net")
+    what.add_argument("--schedule", choices=SCHEDULES, default="cosine",
+                      help="noise schedule (default: %(default)s)")
+    what.add_argument("--prediction-type", choices=("epsilon", "v_prediction", "sample"),
+                      default="v_prediction", help="what the net predicts (default: %(default)s)")
+    what.add_argument("--num-train-timesteps", type=positive_int, default=1000, metavar="T",
+                      help="noise levels (default: %(default)s)")
+    what.add_argument("--block-out-channels", type=positive_int, nargs="+", metavar="C",
+                      help="channels of each level, multiples of 32")
+    what.add_argument("--dropout", type=float, metavar="P",
+                      help="dropout probability in the residual blocks")
+    what.add_argument("--patch-size", type=positive_int, default=2, metavar="P",
+                      help="side of the pixel blocks folded into channels (default: %(default)s)")
+    where = parser.add_argument_group("machine")
+    where.add_argument("--device", default="auto", metavar="D",
+                       help="cuda, cuda:1, mps or cpu (default: the fastest here)")
+    where.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                       help="type the network computes in (default: bfloat16 where the hardware "
+                            "has it)")
+    where.add_argument("--compile", action="store_true",
+                       help="torch.compile the network (default: off; needs a C++ compiler, costs "
+                            "one to two minutes at start)")
+    where.add_argument("--log-every", type=positive_int, default=50, metavar="N",
+                       help="steps between lines of metrics.csv (default: %(default)s)")
+    where.add_argument("--save-every", type=positive_int, metavar="N",
+                       help="steps between validation, samples and checkpoint")
+    add("--version", action="version", version=FORMAT)
+    args = parser.parse_args(argv)
+    args.preset = args.preset or ("64" if args.data else "quick")
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return args
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not (0 < value < math.inf):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def parse_image_size(text: str | int) -> int | None:
+    """Pixels, or None for "native". Raises UserError for anything else."""
+    if text == "native":
+        return None
+    try:
+        return positive_int(str(text))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise UserError(f"--image-size {text}: give a number of pixels, or native") from None
+
+
+def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.device
+                 ) -> tuple[UNetConfig, SchedulerConfig, TrainConfig]:
+    """The three configs of a run from its options and the slices' (H, W).
+
+    Attention stands on every level of 16 pixels or less: near-universal (Ho et al. on), and
+    cheap there. Raises UserError for values that do not go together, naming the option.
+    """
+    settings = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
+    settings["data"] = str(args.data.resolve()) if args.data else "phantoms"
+    settings["dtype"] = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
+    if args.batch_size % args.accumulate:
+        raise UserError(f"--accumulate {args.accumulate} does not divide --batch-size "
+                        f"{args.batch_size}")
+    if not 0 <= args.dropout < 1 or not 0 <= args.ema_decay < 1:
+        raise UserError("--dropout and --ema-decay must be at least 0 and below 1")
+    shape = dict(sample_size=size, block_out_channels=args.block_out_channels,
+                 layers_per_block=args.layers_per_block, dropout=args.dropout,
+                 patch_size=args.patch_size)
+    try:
+        levels = UNetConfig(attention_resolutions=(), **shape).resolutions
+        unet = UNetConfig(attention_resolutions=[r for r in levels if r <= 16], **shape)
+        scheduler = make_scheduler_config(args.schedule, args.num_train_timesteps,
+                                          args.prediction_type)
+    except ValueError as error:
+        option = "--image-size" if "image size" in str(error) else "--preset or its options"
+        raise UserError(f"{option}: {error}") from None
+    return unet, scheduler, TrainConfig(**settings)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint's contents, on the CPU; only tensors and plain values are ever unpickled.
+
+    Raises UserError if the file is missing, damaged, or a checkpoint of something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError,
+            zipfile.BadZipFile):
+        raise UserError(f"{path}: is damaged, or no checkpoint of train.py; give another "
+                        "one") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: is a checkpoint of something else; give one that train.py "
+                        "wrote") from None
+    return content
+
+
+def to_cpu_bytes(content: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def describe_machine(device: torch.device) -> str:
+    """The hardware in words, for results.json and the model card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((li.split(":")[1].strip() for li in lines if li.startswith("model name")),
+                     model)
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """One 64-bit seed out of (seed, step, rank), well mixed."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def stratified_timesteps(count: int, total: int, device: torch.device) -> Tensor:
+    """(count,) timesteps, one from each of `count` equal parts of [0, total), in order.
+
+    Each timestep is as likely as by independent draws, the loss varies less from step to step
+    (Kingma et al. 2021, appendix I.1). The slices' order is random, so theirs needs not be.
+    """
+    places = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
+    return (places * total).long().clamp(max=total - 1)
+
+
+class Run:
+    """A training run: its net, averaged net, optimiser, data and folder."""
+
+    def __init__(self, folder: Path, unet: UNetConfig, scheduler: SchedulerConfig,
+                 config: TrainConfig, data: dict[str, Slices], device: torch.device,
+                 compile_net: bool = False):
+        self.folder, self.config, self.data, self.device = folder, config, data, device
+        self.scheduler = NoiseScheduler(scheduler)
+        torch.manual_seed(config.seed)
+        self.net = UNet(unet).to(device, memory_format=torch.channels_last)
+        self.ema = EMA(self.net, config.ema_decay)
+        self.forward = torch.compile(self.net) if compile_net else self.net
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+            fused=device.type in ("cpu", "cuda"))
+        self.dtype = getattr(torch, config.dtype)
+        self.step = 0
+        self.seconds = 0.0
+        self.loss_sum, self.loss_count = torch.zeros((), device=device), 0
+        self.rows: list[dict] = []
+
+    # Training ----------------------------------------------------------------------------
+
+    def learning_rate(self) -> float:
+        """Of the coming step: linear warm-up, then half a cosine to zero, or constant."""
+        warm_up = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        if self.config.lr_schedule == "constant":
+            return self.config.learning_rate * warm_up
+        done = self.step / self.config.steps
+        return self.config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * done))
+
+    def autocast(self) -> torch.autocast:
+        """Low precision for the network alone."""
+        return torch.autocast(self.device.type, self.dtype,
+                              enabled=self.dtype != torch.float32)
+
+    def loss(self, micro_step: int) -> Tensor:
+        """Mean squared error of one micro-batch (Ho et al., algorithm 1), a float32 scalar.
+
+        Slices, flips, timesteps, noise and dropout depend on (seed, micro_step, rank) alone.
+        """
+        config = self.config
+        train, count = self.data["train"], config.batch_size // config.accumulate
+        images = train[batch_indices(len(train), count, config.seed, micro_step)]
+        torch.manual_seed(step_seed(config.seed, micro_step))
+        if config.flip:
+            flipped = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
+            images = torch.where(flipped, images.flip(3), images)
+        timesteps = stratified_timesteps(count, self.scheduler.config.num_train_timesteps,
+                                         self.device)
+        noise = torch.randn_like(images)
+        noisy = self.scheduler.add_noise(images, noise, timesteps)
+        target = self.scheduler.training_target(images, noise, timesteps)
+        with self.autocast():
+            output = self.forward(noisy.contiguous(memory_format=torch.channels_last), timesteps)
+        return F.mse_loss(output.float(), target)
+
+    def train_step(self) -> Tensor:
+        """One optimiser step; returns the gradient norm before clipping, left on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        for micro in range(self.config.accumulate):
+            loss = self.loss(self.step * self.config.accumulate + micro) / self.config.accumulate
+            loss.backward()
+            self.loss_sum += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.net)
+        self.loss_count += 1
+        self.step += 1
+        return norm
+
+    # Validation and samples --------------------------------------------------------------
+
+    @torch.inference_mode()
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Loss of the averaged net on a split: the mean, and by quartile of the timestep.
+
+        Every slice has its own fixed noise and one of the timesteps, which are spread evenly
+        over [0, T), so that two evaluations differ by the weights alone.
+        """
+        data, total = self.data[split], self.scheduler.config.num_train_timesteps
+        order = np.random.default_rng(0).permutation(len(data))
+        timesteps = torch.from_numpy(((order + 0.5) / len(data) * total).astype(np.int64))
+        losses = []
+        for indices in np.array_split(np.arange(len(data)), -(-len(data) // 32)):
+            images = data[indices]
+            noise = seeded_noise([EVAL_SEED + i for i in indices.tolist()], images.shape[1:])()
+            noise, steps = noise.to(self.device), timesteps[indices].to(self.device)
+            noisy = self.scheduler.add_noise(images, noise, steps)
+            with self.autocast():
+                output = self.ema.net(noisy.contiguous(memory_format=torch.channels_last), steps)
+            target = self.scheduler.training_target(images, noise, steps)
+            losses.append(((output.float() - target) ** 2).mean(dim=(1, 2, 3)))
+        losses = torch.cat(losses).double().cpu()
+        quartile = timesteps * 4 // total
+        parts = {q: losses[quartile == i].mean().item() for i, q in enumerate(QUARTILES)}
+        return {"loss": losses.mean().item(), **parts}
+
+    def sample(self, num: int = 16, num_inference_steps: int = 50) -> Tensor:
+        """Slices of the averaged net from the seeds 0 to num - 1, the same at every call."""
+        def net(x: Tensor, t: Tensor) -> Tensor:
+            with self.autocast():
+                return self.ema.net(x.contiguous(memory_format=torch.channels_last), t)
+
+        config = self.net.config
+        noise = seeded_noise(list(range(num)), (config.in_channels, *config.sample_size))
+        steps = min(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        *_, images = reverse_process(net, self.scheduler, noise, steps, device=self.device)
+        return images
+
+    # Saving and loading ------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def configs(self) -> dict[str, dict]:
+        return {"unet": asdict(self.net.config), "scheduler": asdict(self.scheduler.config),
+                "train": asdict(self.config)}
+
+    def save(self) -> None:
+        """Writes checkpoint.pt, whole or not at all."""
+        content = to_cpu_bytes({
+            "format": FORMAT, **self.configs(),
+            "net": self.net.state_dict(), "ema": self.ema.net.state_dict(),
+            "ema_updates": self.ema.num_updates, "optimizer": self.optimizer.state_dict(),
+            "step": self.step, "seed": self.config.seed, "seconds": self.seconds,
+            "loss_sum": self.loss_sum, "loss_count": self.loss_count,
+            "normalisation": "uint8 / 127.5 - 1",
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        })
+        write_atomic(self.checkpoint, lambda file: file.write(content))
+
+    def resume(self) -> None:
+        """Takes up the run in its folder. Raises UserError if that is another configuration."""
+        content = read_checkpoint(self.checkpoint)
+        mine, other = self.configs(), {key: content[key] for key in self.configs()}
+        changed = [f"{part}.{key} = {other[part].get(key)!r}, now {value!r}"
+                   for part, values in mine.items() for key, value in values.items()
+                   if other[part].get(key) != value and key != "steps"]
+        if changed:
+            raise UserError(f"{self.folder}: holds another run ({'; '.join(changed)}); give those "
+                            "values again, or another --run")
+        self.net.load_state_dict(content["net"])
+        self.ema.net.load_state_dict(content["ema"])
+        self.ema.num_updates = content["ema_updates"]
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step, self.seconds = content["step"], content["seconds"]
+        self.loss_sum, self.loss_count = content["loss_sum"].to(self.device), content["loss_count"]
+        self.rows = [row for row in read_metrics(self.folder) if int(row["step"]) <= self.step]
+
+    def export(self) -> None:
+        """Writes the averaged weights in half precision with their configs as metadata."""
+        tensors = {name: tensor.half().contiguous().cpu()
+                   for name, tensor in self.ema.net.state_dict().items()}
+        metadata = {key: json.dumps(value) for key, value in self.configs().items()}
+        content = safetensors_bytes(tensors, {"format": FORMAT, "step": str(self.step), **metadata})
+        write_atomic(self.folder / "model.safetensors", lambda file: file.write(content))
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.csv; none if there is no such file."""
+    path = folder / "metrics.csv"
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+
+def write_metrics(folder: Path, rows: list[dict]) -> None:
+    """Writes metrics.csv anew; what was not measured at a step is left empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def write_json(path: Path, values: dict) -> None:
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def draw_losses(folder: Path, rows: list[dict]) -> None:
+    """Redraws loss.png: training and validation loss, and validation by timestep quartile."""
+    def column(name: str) -> tuple[list[int], list[float]]:
+        pairs = [(int(r["step"]), float(r[name])) for r in rows if r.get(name) not in (None, "")]
+        return [p[0] for p in pairs], [p[1] for p in pairs]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(*column("loss"), color="0.7", label="train")
+    left.plot(*column("validation_loss"), "o-", ms=3, color="C3", label="validation, averaged net")
+    left.set(title="Loss", xlabel="step", ylabel="mean squared error", yscale="log")
+    for index, quartile in enumerate(QUARTILES):
+        label = f"t in [{index}/4, {index + 1}/4) of T"
+        right.plot(*column(f"validation_{quartile}"), "o-", ms=3, label=label)
+    right.set(title="Validation loss by timestep", xlabel="step", yscale="log")
+    for axes in (left, right):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+        axes.grid(alpha=0.3, which="both")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    plt.close(figure)
+    write_atomic(folder / "loss.png", lambda file: file.write(buffer.getvalue()))
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far, in GiB: of the card, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a wish to stop; a second SIGINT stops."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._catch)
+
+    def _catch(self, number: int, frame) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Log:
+    """One line of metrics.csv, and one of the log or the bar, per interval."""
+
+    def __init__(self, run: Run, every: int):
+        self.run, self.every = run, every
+        self.bar = tqdm(total=run.config.steps, initial=run.step, unit="step", desc="training",
+                        dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self.since, self.at_step = time.monotonic(), run.step
+
+    def due(self) -> bool:
+        return self.run.step % self.every == 0 or self.run.step == self.run.config.steps
+
+    def write(self, norm: Tensor, validation: dict[str, float] | None) -> None:
+        """Closes the interval. Raises UserError if the loss is no longer finite."""
+        run, now = self.run, time.monotonic()
+        loss = run.loss_sum.item() / max(1, run.loss_count)
+        if not math.isfinite(loss):
+            raise UserError(f"step {run.step}: the loss is not finite (gradient norm "
+                            f"{norm.item():.3g}); continue from {run.checkpoint} with a smaller "
+                            "--learning-rate or --dtype float32 in another --run")
+        speed = (run.step - self.at_step) * run.config.batch_size / max(1e-9, now - self.since)
+        row = {"step": run.step, "loss": f"{loss:.6g}",
+               "learning_rate": f"{run.optimizer.param_groups[0]['lr']:.6g}",
+               "gradient_norm": f"{norm.item():.6g}", "images_per_second": f"{speed:.4g}",
+               "memory_gib": f"{memory_gib(run.device):.3g}"}
+        if validation:
+            row["validation_loss"] = f"{validation['loss']:.6g}"
+            row |= {f"validation_{q}": f"{validation[q]:.6g}" for q in QUARTILES}
+        run.rows.append(row)
+        write_metrics(run.folder, run.rows)
+        run.loss_sum.zero_()
+        run.loss_count = 0
+        self._show(row, speed)
+
+    def _show(self, row: dict, speed: float) -> None:
+        if not self.bar.disable:
+            last = next((r["validation_loss"] for r in reversed(self.run.rows)
+                         if r.get("validation_loss")), "-")
+            self.bar.set_postfix_str(f"loss {row['loss']}, validation {last}, "
+                                     f"{speed:.3g} images/s")
+            return
+        left = (self.run.config.steps - self.run.step) * self.run.config.batch_size / speed
+        validation = f"validation {row['validation_loss']}  " if "validation_loss" in row else ""
+        print(f"step {self.run.step}/{self.run.config.steps}  loss {row['loss']}  {validation}"
+              f"{speed:.3g} images/s  {row['memory_gib']} GiB  "
+              f"{left / 60:.0f} min left", flush=True)
+
+    def restart(self) -> None:
+        """Leaves what was done since the last line, such as validation, out of the speed."""
+        self.since, self.at_step = time.monotonic(), self.run.step
+
+
+def train(run: Run, log_every: int, save_every: int) -> bool:
+    """The loop. Returns whether the run is finished; else a signal has stopped it, and it is
+    saved."""
+    stop, log = StopSignal(), Log(run, log_every)
+    while run.step < run.config.steps and stop.name is None:
+        start = time.monotonic()
+        norm = run.train_step()
+        log.bar.update()
+        finished = run.step == run.config.steps
+        run.seconds += time.monotonic() - start
+        if not log.due() and not (run.step % save_every == 0):
+            continue
+        if run.step % save_every == 0 or finished:
+            log.write(norm, run.evaluate("validate") if "validate" in run.data else None)
+            run.save()
+            save_grid(run.sample(), run.folder / "samples" / f"step_{run.step:07d}.png", 4)
+            draw_losses(run.folder, run.rows)
+        else:
+            log.write(norm, None)
+        log.restart()
+    log.bar.close()
+    if stop.name is not None:
+        run.save()
+        print(f"stopped by {stop.name} after step {run.step}; the same command continues",
+              flush=True)
+    return run.step >= run.config.steps
+
+
+def finish(run: Run) -> None:
+    """Tests once, on the people kept for it, and writes results.json and model.safetensors."""
+    results = {"steps": run.step, "images_seen": run.step * run.config.batch_size,
+               "seconds": round(run.seconds), "hardware": describe_machine(run.device),
+               "parameters": sum(p.numel() for p in run.net.parameters()),
+               "torch": torch.__version__, **run.configs()}
+    for split in ("validate", "test"):
+        if split in run.data:
+            results[split] = run.evaluate(split)
+            print(f"{split} loss {results[split]['loss']:.5f}")
+    write_json(run.folder / "results.json", results)
+    run.export()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        device = choose_device(args.device)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    loaded = load_splits(args.data, parse_image_size(args.image_size), args.cache)
+    data = {split: Slices(*loaded[split], device) for split in loaded}
+    configs = make_configs(args, data["train"].images.shape[1:], device)
+    folder = args.run or Path("runs") / f"{args.data.resolve().name if args.data else 'phantoms'}" \
+                                        f"-{args.preset}"
+    if len(data["train"]) < args.batch_size:
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(data['train'])} "
+                        "slices in train; give less")
+    run = Run(folder, *configs, data, device, args.compile)
+    if run.checkpoint.exists():
+        run.resume()
+    write_json(folder / "config.json", run.configs())
+    print(f"{folder}: step {run.step} of {run.config.steps}, {len(data['train'])} slices of "
+          f"{'x'.join(map(str, run.net.config.sample_size))}, "
+          f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.1f} M parameters, "
+          f"{run.config.dtype} on {device}", flush=True)
+    if not train(run, args.log_every, args.save_every):
+        return
+    finish(run)
+    print(f"done: look at {folder / 'samples'} and {folder / 'loss.png'}, then: "
+          f"python predict.py --checkpoint {folder}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
