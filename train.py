@@ -81,13 +81,17 @@ class TrainConfig:
 # finest level of the 64-pixel net works at 32x32, the size of the CIFAR nets of Ho et al.
 PRESETS = {
     "quick": dict(image_size=64, block_out_channels=(32, 64, 96), layers_per_block=1,
-                  dropout=0.0, batch_size=16, steps=2400, learning_rate=1e-3, save_every=400),
+                  attention_up_to=8, dropout=0.0, batch_size=16, steps=2400, learning_rate=1e-3,
+                  save_every=400),
     "64": dict(image_size=64, block_out_channels=(96, 128, 128), layers_per_block=2,
-               dropout=0.0, batch_size=16, steps=6400, learning_rate=5e-4, save_every=400),
+               attention_up_to=8, dropout=0.0, batch_size=16, steps=9000, learning_rate=5e-4,
+               save_every=750),
     "128": dict(image_size=128, block_out_channels=(64, 128, 192, 256), layers_per_block=2,
-                dropout=0.1, batch_size=32, steps=60_000, learning_rate=3e-4, save_every=2000),
+                attention_up_to=16, dropout=0.1, batch_size=32, steps=60_000, learning_rate=3e-4,
+                save_every=2000),
     "256": dict(image_size=256, block_out_channels=(64, 64, 128, 192, 256), layers_per_block=2,
-                dropout=0.1, batch_size=16, steps=100_000, learning_rate=2e-4, save_every=2000),
+                attention_up_to=16, dropout=0.1, batch_size=16, steps=100_000, learning_rate=2e-4,
+                save_every=2000),
 }
 
 
@@ -141,6 +145,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="noise levels (default: %(default)s)")
     what.add_argument("--block-out-channels", type=positive_int, nargs="+", metavar="C",
                       help="channels of each level, multiples of 32")
+    what.add_argument("--attention-up-to", type=int, metavar="S",
+                      help="self-attention on levels whose feature map is S pixels or less")
     what.add_argument("--dropout", type=float, metavar="P",
                       help="dropout probability in the residual blocks")
     what.add_argument("--patch-size", type=positive_int, default=2, metavar="P",
@@ -195,8 +201,7 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
                  ) -> tuple[UNetConfig, SchedulerConfig, TrainConfig]:
     """The three configs of a run from its options and the slices' (H, W).
 
-    Attention stands on every level of 16 pixels or less: near-universal (Ho et al. on), and
-    cheap there. Raises UserError for values that do not go together, naming the option.
+    Raises UserError for values that do not go together, naming the option.
     """
     settings = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
     settings["data"] = str(args.data.resolve()) if args.data else "phantoms"
@@ -211,7 +216,8 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
                  patch_size=args.patch_size)
     try:
         levels = UNetConfig(attention_resolutions=(), **shape).resolutions
-        unet = UNetConfig(attention_resolutions=[r for r in levels if r <= 16], **shape)
+        unet = UNetConfig(attention_resolutions=[r for r in levels if r <= args.attention_up_to],
+                          **shape)
         scheduler = make_scheduler_config(args.schedule, args.num_train_timesteps,
                                           args.prediction_type)
     except ValueError as error:
