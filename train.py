@@ -419,7 +419,7 @@ class Run:
             "step": self.step, "seed": self.config.seed, "seconds": self.seconds,
             "loss_sum": self.loss_sum, "loss_count": self.loss_count,
             "normalisation": "uint8 / 127.5 - 1",
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         })
         write_atomic(self.checkpoint, lambda file: file.write(content))
 
@@ -605,7 +605,7 @@ def finish(run: Run) -> None:
     results = {"steps": run.step, "images_seen": run.step * run.config.batch_size,
                "seconds": round(run.seconds), "hardware": describe_machine(run.device),
                "parameters": sum(p.numel() for p in run.net.parameters()),
-               "torch": torch.__version__, **run.configs()}
+               "torch": str(torch.__version__), **run.configs()}
     for split in ("validate", "test"):
         if split in run.data:
             results[split] = run.evaluate(split)

@@ -1,0 +1,223 @@
+"""Samples brain slices out of noise with a trained model.
+
+    python predict.py                          the shipped model
+    python predict.py --checkpoint RUN         a run folder, its checkpoint.pt or model.safetensors
+    python predict.py --checkpoint latest      the newest run under runs/
+
+Writes slice_000042.png (8-bit grayscale, drawn from seed 42 alone), grid.png (all of them),
+reverse.png (the first slice's way from noise to brain) and samples.json (how they were made).
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dataset import UserError, progress_bar, run_cli, save_grid, save_png, to_uint8, write_atomic
+from modules import (SAMPLERS, NoiseScheduler, SchedulerConfig, UNet, UNetConfig, choose_device,
+                     choose_dtype, config_from_dict, reverse_process, seeded_noise)
+from train import FORMAT, positive_int, read_checkpoint
+
+SHIPPED = Path(__file__).resolve().parent / "weights" / "oasis-64.safetensors"
+STRIP_LENGTH = 10  # pictures in the strip of the reverse process
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """A trained net with its averaged weights, its diffusion, and where it came from."""
+
+    net: UNet
+    scheduler: NoiseScheduler
+    path: Path
+    step: int
+
+
+def find_model(name: str | None) -> Path:
+    """The file that --checkpoint means: a file, a run folder's, the newest run's, the shipped.
+
+    Raises UserError if there is none, naming where was looked.
+    """
+    if name is None:
+        if not SHIPPED.exists():
+            raise UserError(f"{SHIPPED}: the shipped model is missing; clone again, or give "
+                            "--checkpoint")
+        return SHIPPED
+    if name == "latest":
+        found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError("--checkpoint latest: no runs/*/checkpoint.pt here; train first, or "
+                            "give a run folder")
+        return found[-1]
+    path = Path(name)
+    if path.is_dir():
+        for file in ("checkpoint.pt", "model.safetensors"):
+            if (path / file).exists():
+                return path / file
+        raise UserError(f"{path}: holds neither checkpoint.pt nor model.safetensors; give a run "
+                        "folder of train.py")
+    if not path.exists():
+        raise UserError(f"--checkpoint {path}: no such file or folder")
+    return path
+
+
+def read_safetensors(path: Path) -> dict:
+    """The contents of a model.safetensors in the form of a checkpoint, on the CPU.
+
+    Raises UserError if the file is damaged or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+        if metadata.get("format") != FORMAT:
+            raise UserError(f"{path}: holds the weights of something else; give a file that "
+                            "train.py wrote")
+        configs = {part: json.loads(metadata[part]) for part in ("unet", "scheduler")}
+        return {**configs, "ema": tensors, "step": int(metadata["step"])}
+    except (SafetensorError, OSError, KeyError, ValueError):
+        raise UserError(f"{path}: is damaged, or no safetensors file of train.py; give another "
+                        "one") from None
+
+
+def load_model(path: Path, device: torch.device) -> Model:
+    """Rebuilds the net of a file from the configs in it, with the averaged weights.
+
+    Raises UserError if the file is damaged, of something else, or its weights do not fit its
+    configs.
+    """
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    try:
+        net = UNet(config_from_dict(UNetConfig, content["unet"]))
+        scheduler = NoiseScheduler(config_from_dict(SchedulerConfig, content["scheduler"]))
+        net.load_state_dict(content["ema"])
+        step = int(content["step"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: its weights and its configs do not fit ({reason}); give another "
+                        "one") from None
+    net.eval().requires_grad_(False)
+    return Model(net.to(device, memory_format=torch.channels_last), scheduler, path, step)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------
+
+
+def sample_batch(model: Model, seeds: list[int], batch_size: int, num_inference_steps: int,
+                 sampler: str, eta: float, device: torch.device, dtype: torch.dtype):
+    """Yields the states of `reverse_process` for up to `batch_size` seeds, float32 (B, C, H, W).
+
+    A short batch is filled up with its last seed: the kernels that the hardware picks, and with
+    them the last bits of a slice, depend on the batch's size.
+    """
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model.net(x.contiguous(memory_format=torch.channels_last), t)
+
+    filled = seeds + seeds[-1:] * (batch_size - len(seeds))
+    config = model.net.config
+    noise = seeded_noise(filled, (config.in_channels, *config.sample_size))
+    for state in reverse_process(net, model.scheduler, noise, num_inference_steps, sampler, eta,
+                                 device):
+        yield state[:len(seeds)]
+
+
+def generate(model: Model, seeds: list[int], out: Path, batch_size: int,
+             num_inference_steps: int, **how) -> tuple[Tensor, Tensor]:
+    """Samples all seeds, saving each batch's slices when it is done.
+
+    Returns all slices, (N, C, H, W) in [-1, 1], and the states of the first slice,
+    (num_inference_steps + 1, C, H, W), on the CPU.
+    """
+    images, states = [], []
+    batches = [seeds[i:i + batch_size] for i in range(0, len(seeds), batch_size)]
+    with progress_bar(len(batches) * num_inference_steps, "sampling", "step") as bar:
+        for batch in batches:
+            for index, state in enumerate(sample_batch(model, batch, batch_size,
+                                                       num_inference_steps, **how)):
+                bar.update(index > 0)
+                if batch is batches[0]:
+                    states.append(state[:1].cpu())
+            images.append(state.cpu())
+            for seed, slice_ in zip(batch, to_uint8(state)):
+                save_png(slice_[0], out / f"slice_{seed:06d}.png")
+    return torch.cat(images), torch.cat(states)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Samples brain MRI slices out of noise.")
+    add = parser.add_argument
+    add("--checkpoint", metavar="RUN_OR_FILE",
+        help="run folder, checkpoint.pt, model.safetensors, or 'latest' for the newest run under "
+             "runs/ (default: the shipped model)")
+    add("--out", type=Path, default=Path("samples"), metavar="DIR",
+        help="folder for the pictures (default: %(default)s)")
+    add("--num", type=positive_int, default=16, metavar="N",
+        help="how many slices (default: %(default)s)")
+    add("--seed", type=seed, default=0, metavar="K",
+        help="seed of the first slice; slice i is drawn from K+i alone (default: %(default)s)")
+    add("--sampler", choices=SAMPLERS, default="ddim",
+        help="ddim (Song et al.) or the ancestral ddpm (Ho et al.) (default: %(default)s)")
+    add("--steps", type=positive_int, metavar="N",
+        help="reverse steps (default: 50 for ddim, all that the model was trained with for ddpm)")
+    add("--eta", type=float, default=0.0, metavar="E",
+        help="randomness of ddim, 0 none to 1 as ancestral (default: %(default)s)")
+    add("--batch-size", type=positive_int, default=16, metavar="B",
+        help="slices sampled at once; short batches are filled up (default: %(default)s)")
+    add("--device", default="auto", metavar="D",
+        help="cuda, cuda:1, mps or cpu (default: the fastest here)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="type the network computes in (default: bfloat16 where the hardware has it)")
+    return parser.parse_args()
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 - 1")
+    return value
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        device = choose_device(args.device)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    model = load_model(find_model(args.checkpoint), device)
+    total = model.scheduler.config.num_train_timesteps
+    steps = args.steps or (total if args.sampler == "ddpm" else min(50, total))
+    if steps > total:
+        raise UserError(f"--steps {steps}: the model was trained with {total}; give no more")
+    if not 0 <= args.eta <= 1:
+        raise UserError(f"--eta {args.eta}: give a value from 0 to 1")
+
+    start = time.monotonic()
+    seeds = list(range(args.seed, args.seed + args.num))
+    images, states = generate(model, seeds, args.out, args.batch_size, steps, device=device,
+                              sampler=args.sampler, eta=args.eta,
+                              dtype=choose_dtype(args.dtype, device))
+    save_grid(images, args.out / "grid.png", columns=min(8, args.num))
+    shown = torch.linspace(0, steps, min(STRIP_LENGTH, steps + 1)).round().long()
+    save_grid(states[shown], args.out / "reverse.png", columns=len(shown))
+    manifest = {"model": str(model.path), "step": model.step, "sampler": args.sampler,
+                "num_inference_steps": steps, "eta": args.eta, "first_seed": args.seed,
+                "num": args.num, "batch_size": args.batch_size}
+    text = json.dumps(manifest, indent=2) + "\n"
+    write_atomic(args.out / "samples.json", lambda file: file.write(text.encode()))
+    print(f"{args.num} slices of {model.path} (step {model.step}), {steps} {args.sampler} steps, "
+          f"in {time.monotonic() - start:.0f} s: {args.out}/slice_*.png, grid.png, reverse.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)
