@@ -15,12 +15,12 @@ Images leave this module as float32 in [-1, 1], shape (B, 1, H, W): -1 black, 1 
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
 import signal
 import sys
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -49,6 +49,13 @@ class UserError(Exception):
     """A failure that the user can mend; its text is the one line that is shown."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line too."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; {self.prog} --help explains the options")
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
     try:
@@ -56,9 +63,6 @@ def run_cli(main: Callable[[], None]) -> None:
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `| head` closed our output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -68,30 +72,20 @@ def write_atomic(path: Path, write: Callable) -> None:
 
     Raises UserError if the folder cannot be written; `path` is then as it was.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.",
-                                         delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # temporary files are private; results are not
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space "
                         "or choose another folder") from None
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-@lru_cache(maxsize=1)
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class _PlainLines:
@@ -482,7 +476,7 @@ def _size_and_mode(path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Shows what a folder of slices holds, before a GPU week is spent on it.")
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("inspect", help="counts, people, sizes, and one picture")

@@ -13,7 +13,7 @@ float32 whatever type the network computes in.
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -183,43 +183,31 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Block(nn.Module):
-    """One level of the UNet: residual blocks, each followed by attention where it is wanted."""
+class Level(nn.Module):
+    """Residual blocks, each followed by attention where it is wanted, then a resampling.
 
-    def __init__(self, channels: list[tuple[int, int]], attention: bool, temb_dim: int,
-                 config: UNetConfig):
+    channels: (in, out) of each residual block; resample: None, Downsample or Upsample.
+    """
+
+    def __init__(self, channels: list[tuple[int, int]], attention: bool,
+                 resample: type[nn.Module] | None, temb_dim: int, config: UNetConfig):
         super().__init__()
+        width = channels[-1][1]
         self.resnets = nn.ModuleList(ResnetBlock(i, o, temb_dim, config) for i, o in channels)
-        if attention:
-            self.attentions = nn.ModuleList(Attention(o, config) for _, o in channels)
+        self.attentions = nn.ModuleList(
+            Attention(width, config) for _ in channels) if attention else None
+        self.downsamplers = nn.ModuleList(
+            [Downsample(width)]) if resample is Downsample else None
+        self.upsamplers = nn.ModuleList([Upsample(width)]) if resample is Upsample else None
 
     def layer(self, index: int, x: Tensor, temb: Tensor) -> Tensor:
-        """Residual block `index` and its attention."""
+        """Residual block `index` and its attention: (B, in, H, W) -> (B, out, H, W)."""
         x = self.resnets[index](x, temb)
-        return self.attentions[index](x) if hasattr(self, "attentions") else x
-
-
-class DownBlock(Block):
-    """A level on the way down; hands every intermediate result on as a skip connection."""
-
-    def __init__(self, channels, attention, temb_dim, config, downsample: bool):
-        super().__init__(channels, attention, temb_dim, config)
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(channels[-1][1])])
-
-    def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        skips = []
-        for index in range(len(self.resnets)):
-            x = self.layer(index, x, temb)
-            skips.append(x)
-        if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
-            skips.append(x)
-        return x, skips
+        return x if self.attentions is None else self.attentions[index](x)
 
 
 class MidBlock(nn.Module):
-    """The coarsest level: residual block, attention, residual block."""
+    """The coarsest level: residual block, attention, residual block; (B, C, H, W) -> same."""
 
     def __init__(self, channels: int, temb_dim: int, config: UNetConfig):
         super().__init__()
@@ -229,20 +217,6 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x, temb)), temb)
-
-
-class UpBlock(Block):
-    """A level on the way up; every residual block takes one skip connection beside its input."""
-
-    def __init__(self, channels, attention, temb_dim, config, upsample: bool):
-        super().__init__(channels, attention, temb_dim, config)
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(channels[-1][1])])
-
-    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor) -> Tensor:
-        for index in range(len(self.resnets)):
-            x = self.layer(index, torch.cat([x, skips.pop()], dim=1), temb)
-        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 
 class UNet(nn.Module):
@@ -265,21 +239,20 @@ class UNet(nn.Module):
             self.class_embedding = nn.Embedding(config.num_class_embeds, temb_dim)
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        skip_channels, current = [widths[0]], widths[0]
+        skips, current = [widths[0]], widths[0]  # channels of the skip connections, of x
         for level, width in enumerate(widths):
-            channels = [(current if i == 0 else width, width) for i in range(depth)]
-            self.down_blocks.append(
-                DownBlock(channels, attention[level], temb_dim, config, downsample=level < last))
-            skip_channels += [width] * (depth + (level < last))
+            channels = [(current, width)] + [(width, width)] * (depth - 1)
+            resample = Downsample if level < last else None
+            self.down_blocks.append(Level(channels, attention[level], resample, temb_dim, config))
+            skips += [width] * (depth + (level < last))
             current = width
         self.mid_block = MidBlock(current, temb_dim, config)
         for level, width in reversed(list(enumerate(widths))):
-            channels = []
-            for _ in range(depth + 1):
-                channels.append((current + skip_channels.pop(), width))
-                current = width
-            self.up_blocks.append(
-                UpBlock(channels, attention[level], temb_dim, config, upsample=level > 0))
+            inputs = [current] + [width] * depth
+            channels = [(before + skips.pop(), width) for before in inputs]
+            resample = Upsample if level > 0 else None
+            self.up_blocks.append(Level(channels, attention[level], resample, temb_dim, config))
+            current = width
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.out_channels * patch**2, 3, padding=1)
@@ -315,12 +288,19 @@ class UNet(nn.Module):
 
         x = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))  # (B, C0, H/p, W/p)
         skips = [x]
-        for block in self.down_blocks:
-            x, block_skips = block(x, temb)  # (B, C_l, H/p/2^l, W/p/2^l)
-            skips += block_skips
+        for level in self.down_blocks:  # (B, C_l, H/p/2^l, W/p/2^l) on level l
+            for index in range(len(level.resnets)):
+                x = level.layer(index, x, temb)
+                skips.append(x)
+            if level.downsamplers is not None:
+                x = level.downsamplers[0](x)
+                skips.append(x)
         x = self.mid_block(x, temb)
-        for block in self.up_blocks:
-            x = block(x, skips, temb)
+        for level in self.up_blocks:
+            for index in range(len(level.resnets)):
+                x = level.layer(index, torch.cat([x, skips.pop()], dim=1), temb)
+            if level.upsamplers is not None:
+                x = level.upsamplers[0](x)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out * p^2, H/p, W/p)
         return F.pixel_shuffle(x, self.config.patch_size)
 
@@ -631,14 +611,3 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
         native = "avx512_bf16" in flags or "amx_bf16" in flags
     return torch.bfloat16 if native else torch.float32
-
-
-def config_from_dict(cls: type, values: dict):
-    """Rebuilds a config dataclass from a checkpoint's dict.
-
-    Raises ValueError for keys that the class does not have, or values it refuses.
-    """
-    unknown = set(values) - {field.name for field in fields(cls)}
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no field {min(unknown)!r}")
-    return cls(**values)

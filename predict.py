@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dataset import UserError, progress_bar, run_cli, save_grid, save_png, to_uint8, write_atomic
+from dataset import (Parser, UserError, progress_bar, run_cli, save_grid, save_png, to_uint8,
+                     write_atomic)
 from modules import (SAMPLERS, NoiseScheduler, SchedulerConfig, UNet, UNetConfig, choose_device,
-                     choose_dtype, config_from_dict, reverse_process, seeded_noise)
-from train import FORMAT, positive_int, read_checkpoint
+                     choose_dtype, reverse_process, seeded_noise)
+from train import FORMAT, natural, positive_int, read_checkpoint
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "oasis-64.safetensors"
 STRIP_LENGTH = 10  # pictures in the strip of the reverse process
@@ -96,8 +97,8 @@ def load_model(path: Path, device: torch.device) -> Model:
     """
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     try:
-        net = UNet(config_from_dict(UNetConfig, content["unet"]))
-        scheduler = NoiseScheduler(config_from_dict(SchedulerConfig, content["scheduler"]))
+        net = UNet(UNetConfig(**content["unet"]))
+        scheduler = NoiseScheduler(SchedulerConfig(**content["scheduler"]))
         net.load_state_dict(content["ema"])
         step = int(content["step"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -155,7 +156,7 @@ def generate(model: Model, seeds: list[int], out: Path, batch_size: int,
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Samples brain MRI slices out of noise.")
+    parser = Parser(description="Samples brain MRI slices out of noise.")
     add = parser.add_argument
     add("--checkpoint", metavar="RUN_OR_FILE",
         help="run folder, checkpoint.pt, model.safetensors, or 'latest' for the newest run under "
@@ -164,7 +165,7 @@ def parse_args() -> argparse.Namespace:
         help="folder for the pictures (default: %(default)s)")
     add("--num", type=positive_int, default=16, metavar="N",
         help="how many slices (default: %(default)s)")
-    add("--seed", type=seed, default=0, metavar="K",
+    add("--seed", type=natural, default=0, metavar="K",
         help="seed of the first slice; slice i is drawn from K+i alone (default: %(default)s)")
     add("--sampler", choices=SAMPLERS, default="ddim",
         help="ddim (Song et al.) or the ancestral ddpm (Ho et al.) (default: %(default)s)")
@@ -179,13 +180,6 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="type the network computes in (default: bfloat16 where the hardware has it)")
     return parser.parse_args()
-
-
-def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 - 1")
-    return value
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -34,11 +35,11 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import (Slices, UserError, batch_indices, load_splits, run_cli, save_grid,
+from dataset import (Parser, Slices, UserError, batch_indices, load_splits, run_cli, save_grid,
                      write_atomic)
 from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
-                     choose_device, choose_dtype, config_from_dict, make_scheduler_config,
-                     reverse_process, seeded_noise)
+                     choose_device, choose_dtype, make_scheduler_config, reverse_process,
+                     seeded_noise)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
@@ -56,25 +57,25 @@ COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUART
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run is, beside its net and its diffusion; stored in every checkpoint.
+    """What a run is, beside its net and its diffusion; the fields are train.py's options.
 
-    Two runs with equal configs, on equal hardware, are equal bit for bit. `steps` alone may grow
-    when a run is continued.
+    Stored in every checkpoint. Two runs with equal configs, on equal hardware, are equal bit for
+    bit. `steps` alone may grow when a run is continued.
     """
 
-    data: str = "phantoms"
-    steps: int = 2000
-    batch_size: int = 32
-    accumulate: int = 1
-    learning_rate: float = 5e-4
-    warmup_steps: int = 200
-    lr_schedule: str = "cosine"
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    ema_decay: float = 0.9999
-    flip: bool = False
-    seed: int = 0
-    dtype: str = "float32"
+    data: str
+    steps: int
+    batch_size: int
+    accumulate: int
+    learning_rate: float
+    warmup_steps: int
+    lr_schedule: str
+    weight_decay: float
+    grad_clip: float
+    ema_decay: float
+    flip: bool
+    seed: int
+    dtype: str
 
 
 # Grounds for the numbers: README, "Training". Every preset folds 2x2 pixel blocks, so that the
@@ -96,95 +97,97 @@ PRESETS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    """The options, with the preset's values where none are given."""
+    parser = Parser(
         description="Trains a denoising diffusion model of brain MRI slices.",
-        epilog="Options without a default take the preset's value.")
-    add = parser.add_argument
-    what = parser.add_argument_group("data and run")
-    what.add_argument("--data", type=Path, metavar="ROOT",
-                      help="folder of slices (default: built-in phantoms)")
-    what.add_argument("--run", type=Path, metavar="DIR",
-                      help="run folder (default: runs/DATA-PRESET)")
-    what.add_argument("--preset", choices=PRESETS,
-                      help="net and hyperparameters (default: 64 with --data, else quick)")
-    what.add_argument("--image-size", metavar="S",
-                      help="side in pixels after square padding, or 'native' for the slices' own "
-                           "size")
-    what.add_argument("--cache", type=Path, metavar="DIR",
-                      help="where decoded slices are kept (default: ~/.cache/oasis-diffusion)")
-    what.add_argument("--flip", action="store_true",
-                      help="flip slices left to right at random (default: off; anatomy is not "
-                           "symmetric)")
-    what.add_argument("--seed", type=int, default=0, metavar="K",
-                      help="seed of weights, order, timesteps and noise (default: %(default)s)")
-    how = parser.add_argument_group("optimisation")
-    how.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps in all")
-    how.add_argument("--batch-size", type=positive_int, metavar="B", help="slices per step")
-    how.add_argument("--accumulate", type=positive_int, default=1, metavar="A",
-                     help="micro-batches that a step is worked off in, to save memory "
-                          "(default: %(default)s)")
-    how.add_argument("--learning-rate", type=positive_float, metavar="R",
-                     help="AdamW's peak learning rate")
-    how.add_argument("--warmup-steps", type=int, default=200, metavar="N",
-                     help="steps of linear warm-up (default: %(default)s)")
-    how.add_argument("--lr-schedule", choices=("cosine", "constant"), default="cosine",
-                     help="after the warm-up (default: %(default)s, to zero at the last step)")
-    how.add_argument("--weight-decay", type=float, default=0.0, metavar="W",
-                     help="AdamW's weight decay per step and learning rate (default: %(default)s)")
-    how.add_argument("--grad-clip", type=positive_float, default=1.0, metavar="G",
-                     help="largest gradient norm (default: %(default)s)")
-    how.add_argument("--ema-decay", type=float, default=0.9999, metavar="D",
-                     help="decay per step of the averaged weights, reached by a ramp "
-                          "(default: %(default)s)")
-    what = parser.add_argument_group("diffusion and net")
-    what.add_argument("--schedule", choices=SCHEDULES, default="cosine",
-                      help="noise schedule (default: %(default)s)")
-    what.add_argument("--prediction-type", choices=("epsilon", "v_prediction", "sample"),
-                      default="v_prediction", help="what the net predicts (default: %(default)s)")
-    what.add_argument("--num-train-timesteps", type=positive_int, default=1000, metavar="T",
-                      help="noise levels (default: %(default)s)")
-    what.add_argument("--block-out-channels", type=positive_int, nargs="+", metavar="C",
-                      help="channels of each level, multiples of 32")
-    what.add_argument("--attention-up-to", type=int, metavar="S",
-                      help="self-attention on levels whose feature map is S pixels or less")
-    what.add_argument("--dropout", type=float, metavar="P",
-                      help="dropout probability in the residual blocks")
-    what.add_argument("--patch-size", type=positive_int, default=2, metavar="P",
-                      help="side of the pixel blocks folded into channels (default: %(default)s)")
-    where = parser.add_argument_group("machine")
-    where.add_argument("--device", default="auto", metavar="D",
-                       help="cuda, cuda:1, mps or cpu (default: the fastest here)")
-    where.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                       help="type the network computes in (default: bfloat16 where the hardware "
-                            "has it)")
-    where.add_argument("--compile", action="store_true",
-                       help="torch.compile the network (default: off; needs a C++ compiler, costs "
-                            "one to two minutes at start)")
-    where.add_argument("--log-every", type=positive_int, default=50, metavar="N",
-                       help="steps between lines of metrics.csv (default: %(default)s)")
-    where.add_argument("--save-every", type=positive_int, metavar="N",
-                       help="steps between validation, samples and checkpoint")
-    add("--version", action="version", version=FORMAT)
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="presets (the defaults of the options that name none):\n" + "\n".join(
+            f"  {name:6s}" + ", ".join(f"{k} {v}" for k, v in preset.items())
+            for name, preset in PRESETS.items()))
+
+    def group(title: str):
+        add = parser.add_argument_group(title).add_argument
+        return lambda flag, help, default=None, **more: add(
+            flag, default=default, **more,
+            help=help + ("" if default is None or default is False else f" (default: {default})"))
+
+    add = group("data and run")
+    add("--data", "folder of slices (default: built-in phantoms)", type=Path, metavar="ROOT")
+    add("--run", "run folder (default: runs/DATA-PRESET)", type=Path, metavar="DIR")
+    add("--preset", "net and hyperparameters, below (default: 64 with --data, else quick)",
+        choices=PRESETS)
+    add("--image-size", "side in pixels after square padding, or 'native' for the slices' own "
+        "size", metavar="S")
+    add("--cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", type=Path,
+        metavar="DIR")
+    add("--flip", "flip slices left to right at random (default: off; anatomy is not symmetric)",
+        False, action="store_true")
+    add("--seed", "seed of weights, order, timesteps and noise", 0, type=natural, metavar="K")
+
+    add = group("optimisation")
+    add("--steps", "optimiser steps in all", type=positive_int, metavar="N")
+    add("--batch-size", "slices per step", type=positive_int, metavar="B")
+    add("--accumulate", "micro-batches that a step is worked off in, to save memory", 1,
+        type=positive_int, metavar="A")
+    add("--learning-rate", "AdamW's peak learning rate", type=positive_float, metavar="R")
+    add("--warmup-steps", "steps of linear warm-up", 200, type=natural, metavar="N")
+    add("--lr-schedule", "after the warm-up: down to zero at the last step, or constant",
+        "cosine", choices=("cosine", "constant"))
+    add("--weight-decay", "AdamW's weight decay, per step and unit of learning rate", 0.0,
+        type=fraction, metavar="W")
+    add("--grad-clip", "largest gradient norm", 1.0, type=positive_float, metavar="G")
+    add("--ema-decay", "decay per step of the averaged weights, reached by a ramp", 0.9999,
+        type=fraction, metavar="D")
+
+    add = group("diffusion and net")
+    add("--schedule", "noise schedule", "cosine", choices=SCHEDULES)
+    add("--prediction-type", "what the net predicts", "v_prediction",
+        choices=("epsilon", "v_prediction", "sample"))
+    add("--num-train-timesteps", "noise levels", 1000, type=positive_int, metavar="T")
+    add("--block-out-channels", "channels of each level, multiples of 32", type=positive_int,
+        nargs="+", metavar="C")
+    add("--layers-per-block", "residual blocks per level", type=positive_int, metavar="L")
+    add("--attention-up-to", "self-attention on levels whose feature map is S pixels or less",
+        type=natural, metavar="S")
+    add("--dropout", "dropout probability in the residual blocks", type=fraction, metavar="P")
+    add("--patch-size", "side in pixels of the blocks folded into channels", 2, type=positive_int,
+        metavar="P")
+
+    add = group("machine")
+    add("--device", "cuda, cuda:1, mps or cpu; auto is the fastest here", "auto", metavar="D")
+    add("--dtype", "type the network computes in (auto: bfloat16 where the hardware has it)",
+        "auto", choices=("auto", "float32", "bfloat16"))
+    add("--compile", "torch.compile the network (default: off; needs a C++ compiler, and one to "
+        "two minutes at start)", False, action="store_true")
+    add("--log-every", "steps between lines of metrics.csv", 50, type=positive_int, metavar="N")
+    add("--save-every", "steps between validation, samples and checkpoint", type=positive_int,
+        metavar="N")
+
     args = parser.parse_args(argv)
     args.preset = args.preset or ("64" if args.data else "quick")
     for name, value in PRESETS[args.preset].items():
-        if getattr(args, name, None) is None:
+        if getattr(args, name) is None:
             setattr(args, name, value)
     return args
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def number(kind: type, fits: Callable, wanted: str) -> Callable:
+    """An argparse type: a number of a kind, with a check and its words for the error line."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+    return parse
 
 
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not (0 < value < math.inf):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+natural = number(int, lambda v: v >= 0, "a whole number from 0 on")
+positive_int = number(int, lambda v: v >= 1, "a whole number from 1 on")
+positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
+fraction = number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
 
 def parse_image_size(text: str | int) -> int | None:
@@ -193,7 +196,7 @@ def parse_image_size(text: str | int) -> int | None:
         return None
     try:
         return positive_int(str(text))
-    except (ValueError, argparse.ArgumentTypeError):
+    except argparse.ArgumentTypeError:
         raise UserError(f"--image-size {text}: give a number of pixels, or native") from None
 
 
@@ -209,8 +212,6 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
     if args.batch_size % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} does not divide --batch-size "
                         f"{args.batch_size}")
-    if not 0 <= args.dropout < 1 or not 0 <= args.ema_decay < 1:
-        raise UserError("--dropout and --ema-decay must be at least 0 and below 1")
     shape = dict(sample_size=size, block_out_channels=args.block_out_channels,
                  layers_per_block=args.layers_per_block, dropout=args.dropout,
                  patch_size=args.patch_size)

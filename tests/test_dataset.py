@@ -1,0 +1,308 @@
+"""Slices in, [-1, 1] out: layouts, padding, range, cache, batches, phantoms, and bad input."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dataset
+from dataset import (Slices, UserError, batch_indices, decode, draw_phantom, find_slices,
+                     load_images, load_splits, person_of, phantom_slices, to_uint8)
+
+CPU = torch.device("cpu")
+
+
+def write(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def ramp(height=20, width=12, dtype=np.uint8):
+    top = np.iinfo(dtype).max
+    return np.linspace(0, top, height * width).reshape(height, width).round().astype(dtype)
+
+
+# Decoding --------------------------------------------------------------------------------------
+
+
+def test_square_by_black_padding_not_by_squashing(tmp_path):
+    path = write(tmp_path / "a.png", np.full((208, 176), 200, np.uint8))
+    image = decode(path, 208)
+    assert image.shape == (208, 208)
+    assert (image[:, 16:192] == 200).all()
+    assert (image[:, :16] == 0).all() and (image[:, 192:] == 0).all()
+
+
+def test_resizing_is_antialiased(tmp_path):
+    """One-pixel stripes must average to grey; taking every nth pixel would give black or white."""
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    image = decode(write(tmp_path / "a.png", stripes), 16)
+    assert abs(image[:, 2:-2].astype(float) - 127.5).max() < 12
+
+
+def test_background_stays_black_when_resized(oasis):
+    """No ringing: where a 13x13 neighbourhood of the slice is black, so is the small slice."""
+    path = next((oasis / "train").iterdir())
+    full = decode(path, 208)
+    small = decode(path, 64)
+    padded = np.pad(full, 8)
+    for row in range(64):
+        for column in range(64):
+            y, x = round((row + 0.5) * 3.25), round((column + 0.5) * 3.25)
+            if padded[y:y + 17, x:x + 17].max() == 0:
+                assert small[row, column] == 0
+
+
+def test_native_size_is_untouched(tmp_path):
+    array = ramp()
+    assert (decode(write(tmp_path / "a.png", array), None) == array).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.PNG", "b.Tif", "c.BMP", "d.tiff"])
+def test_lossless_formats_and_any_case(tmp_path, name):
+    array = ramp()
+    path = write(tmp_path / name, array)
+    assert (decode(path, None) == array).all()
+    assert dataset.images_in(tmp_path) == [path]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits(tmp_path, name):
+    array = ramp(dtype=np.uint16)
+    image = decode(write(tmp_path / name, array), None)
+    assert np.abs(image - array / 257).max() <= 0.5
+    assert image.min() == 0 and image.max() == 255
+    square = decode(tmp_path / name, 20)
+    assert square.shape == (20, 20) and (square[:, :4] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1"])
+def test_gray_in_other_modes(tmp_path, mode):
+    array = np.repeat([[0], [255]], 5, axis=1).astype(np.uint8)
+    Image.fromarray(array).convert(mode).save(tmp_path / "a.png")
+    assert (decode(tmp_path / "a.png", None) == array).all()
+
+
+def test_range_and_shape_of_batches():
+    images = np.array([0, 127, 128, 255], np.uint8).reshape(4, 1, 1).repeat(6, 1).repeat(5, 2)
+    batch = Slices(images, list("abcd"), CPU)[np.array([3, 0, 1])]
+    assert batch.shape == (3, 1, 6, 5) and batch.dtype == torch.float32
+    assert batch[:, 0, 0, 0].tolist() == pytest.approx([1, -1, 127 / 127.5 - 1])
+
+
+def test_every_grey_level_survives_the_round_trip():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    assert (to_uint8(Slices(levels, ["a"], CPU)[np.array([0])])[0, 0].numpy() == levels).all()
+    assert to_uint8(torch.tensor([-7.0, 7.0, -1 + 0.6 / 127.5])).tolist() == [0, 255, 1]
+
+
+# Layouts ---------------------------------------------------------------------------------------
+
+
+def fill(folder, cases, suffix=".png"):
+    for case in cases:
+        for number in range(2):
+            write(folder / f"case_{case:03d}_slice_{number}{suffix}", ramp())
+
+
+def test_split_folders(tmp_path):
+    for split, cases in (("train", (1, 2, 3)), ("validate", (4,)), ("test", (5,))):
+        fill(tmp_path / split, cases, ".jpg")
+    assert {s: len(f) for s, f in find_slices(tmp_path).items()} == \
+        {"train": 6, "validate": 2, "test": 2}
+
+
+def test_report_layout_and_stray_files(tmp_path):
+    for split, case in (("train", 1), ("validate", 2), ("test", 3)):
+        fill(tmp_path / f"keras_png_slices_{split}", (case,), ".nii.png")
+        fill(tmp_path / f"keras_png_slices_seg_{split}", (case,), ".nii.png")
+    (tmp_path / "keras_png_slices_train" / ".DS_Store.png").touch()
+    (tmp_path / "keras_png_slices_train" / "notes.txt").touch()
+    found = find_slices(tmp_path)
+    assert [len(found[s]) for s in ("train", "validate", "test")] == [2, 2, 2]
+    assert all("seg" not in path.parent.name for path in found["train"])
+
+
+def test_flat_folder_is_split_by_person(tmp_path):
+    fill(tmp_path, range(40))
+    found = find_slices(tmp_path)
+    people = {s: {person_of(p) for p in files} for s, files in found.items()}
+    assert sum(len(files) for files in found.values()) == 80
+    assert [len(people[s]) for s in ("train", "validate", "test")] == [34, 4, 2]
+    assert not people["train"] & people["validate"] and not people["train"] & people["test"]
+    assert found == find_slices(tmp_path)
+
+
+@pytest.mark.parametrize("name, person", [
+    ("case_001_slice_0.nii.png", "case_001"), ("OAS1_0061_MR2_90.png", "OAS1_0061"),
+    ("sub-07_T1w_80.tif", "sub-07"), ("brain7.png", "brain7")])
+def test_person_of(tmp_path, name, person):
+    assert person_of(tmp_path / name) == person
+
+
+def test_a_person_in_two_splits_is_refused(tmp_path):
+    fill(tmp_path / "train", (1, 2))
+    fill(tmp_path / "validate", (2, 3))
+    with pytest.raises(UserError, match="train and validate, such as case_002"):
+        find_slices(tmp_path)
+
+
+def test_real_slices(oasis):
+    splits = load_splits(oasis, 64)
+    assert {s: len(names) for s, (_, names) in splits.items()} == \
+        {"train": 4800, "validate": 480, "test": 480}
+    for images, names in splits.values():
+        corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+        assert (corners == 0).all()  # padded, black outside the head
+        assert 40 < images.mean() < 80 and images.max() > 200
+        assert (images.reshape(len(images), -1).max(1) > 100).all()
+
+
+# The cache -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """Three slices, their cache folder, and a list that grows with every decoded slice."""
+    files = [write(tmp_path / f"case_00{i}_slice_0.png", ramp() // (i + 1)) for i in range(3)]
+    decoded = []
+    real = dataset.decode
+    monkeypatch.setattr(dataset, "decode", lambda *a: (decoded.append(a[0]), real(*a))[1])
+    return files, tmp_path / "kept", decoded
+
+
+def test_decoded_once(counted):
+    files, cache, decoded = counted
+    first = load_images(files, 16, cache).copy()
+    assert len(decoded) == 3
+    assert (load_images(files, 16, cache) == first).all() and len(decoded) == 3
+    load_images(files, 8, cache)
+    assert len(decoded) == 6
+
+
+def test_a_changed_file_is_decoded_again(counted):
+    files, cache, decoded = counted
+    load_images(files, 20, cache)
+    write(files[1], np.full((20, 12), 9, np.uint8))
+    os.utime(files[1], ns=(1, 1))
+    assert load_images(files, 20, cache)[1, 5, 10] == 9
+    assert len(decoded) == 6
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_cache_is_decoded_again(counted, damage, capsys):
+    files, cache, decoded = counted
+    good = load_images(files, 16, cache).copy()
+    (kept,) = cache.iterdir()
+    content = bytearray(kept.read_bytes())
+    content[-5] ^= 1
+    kept.write_bytes({"flip": content, "cut": content[:-40], "empty": b""}[damage])
+    assert (load_images(files, 16, cache) == good).all()
+    assert len(decoded) == 6 and "damaged" in capsys.readouterr().err
+    load_images(files, 16, cache)
+    assert len(decoded) == 6
+
+
+def test_no_cache_folder_is_no_reason_to_stop(counted, capsys):
+    files, cache, _ = counted
+    cache.write_text("a file where the folder should be")
+    assert len(load_images(files, 16, cache)) == 3
+    assert "warning" in capsys.readouterr().err
+
+
+# Bad input -------------------------------------------------------------------------------------
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        find_slices(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="neither train/"):
+        find_slices(tmp_path)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="train: holds no images"):
+        find_slices(tmp_path)
+
+
+def damaged(tmp_path, kind):
+    path = tmp_path / f"case_001_slice_{kind}.jpg"
+    write(path, np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8))
+    content = path.read_bytes()
+    path.write_bytes({"text": b"not a picture", "cut": content[:len(content) // 2],
+                      "zero": b""}[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "zero"])
+def test_unreadable_files_are_named(tmp_path, kind):
+    path = damaged(tmp_path, kind)
+    with pytest.raises(UserError, match=f"{path.name}: cannot be read"):
+        load_images([path], 16)
+
+
+def test_many_unreadable_files_are_named_up_to_ten(tmp_path):
+    files = []
+    for i in range(12):
+        files.append(tmp_path / f"bad_{i:02d}.png")
+        files[-1].write_text("x")
+    with pytest.raises(UserError, match=r"12 of 12 images.*bad_00.*bad_09.*\.\.\.") as caught:
+        load_images(files, 16)
+    assert "bad_10" not in str(caught.value)
+
+
+def test_native_needs_one_size(tmp_path):
+    files = [write(tmp_path / "a.png", ramp()), write(tmp_path / "b.png", ramp(24, 12))]
+    with pytest.raises(UserError, match="b.png: is 24x12.*others 20x12.*--image-size"):
+        load_images(files, None)
+
+
+def test_float_pixels_are_refused(tmp_path):
+    with pytest.raises(UserError, match="floating-point"):
+        decode(write(tmp_path / "a.tif", np.ones((4, 4), np.float32)), None)
+
+
+# Batches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_epoch_visits_every_slice_once(world_size):
+    seen = np.concatenate([batch_indices(30, 5, 0, step, rank, world_size)
+                           for step in range(6) for rank in range(world_size)])
+    for epoch in np.split(seen, world_size):
+        assert sorted(epoch) == list(range(30))
+    if world_size > 1:
+        assert (seen[:30] != seen[30:60]).any()
+
+
+def test_order_is_a_pure_function_of_seed_step_and_rank():
+    late = batch_indices(31, 8, 5, 1000, 1, 2)
+    assert (late == batch_indices(31, 8, 5, 1000, 1, 2)).all()
+    assert (late != batch_indices(31, 8, 6, 1000, 1, 2)).any()
+    assert (late != batch_indices(31, 8, 5, 1001, 1, 2)).any()
+    assert (late != batch_indices(31, 8, 5, 1000, 0, 2)).any()
+    together = np.concatenate([batch_indices(31, 8, 5, 1000, r, 2) for r in (0, 1)])
+    assert (together == batch_indices(31, 16, 5, 1000)).all()
+
+
+# Phantoms --------------------------------------------------------------------------------------
+
+
+def test_phantoms_are_brains_of_a_kind():
+    images, names = phantom_slices(64, 0, 12, 4)
+    assert images.shape == (48, 64, 64) and images.dtype == np.uint8
+    assert names[5] == "phantom_001_slice_1"
+    assert (images[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
+    assert (images[:, 0] == 0).all() and (images[:, -1] == 0).all()
+    assert 0.4 < np.mean(images == 0) < 0.75
+    whole = np.stack([np.histogram(i, [0, 1, 60, 120, 256])[0] for i in images]).mean(0)
+    assert (whole > 40).all()  # background, fluid, grey matter, white matter
+
+
+def test_phantoms_depend_on_person_and_position_alone():
+    one = draw_phantom(32, 3, 0.5)
+    assert (one == draw_phantom(32, 3, 0.5)).all()
+    assert (phantom_slices(32, 3, 1, 1)[0][0] == one).all()
+    assert (one != draw_phantom(32, 4, 0.5)).any() and (one != draw_phantom(32, 3, 0.6)).any()

@@ -1,0 +1,276 @@
+"""Training: it learns, it continues exactly, and its files can be trusted."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from safetensors import safe_open
+
+import train as train_script
+from dataset import UserError, batch_indices, draw_phantom
+from modules import NoiseScheduler, make_scheduler_config
+from train import Run, finish, read_checkpoint, step_seed, stratified_timesteps, train
+
+FIXED = ("step", "loss", "validation_loss", "validation_q1", "learning_rate", "gradient_norm")
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def metrics(run: Run) -> list[dict]:
+    with (run.folder / "metrics.csv").open() as file:
+        return [{key: row[key] for key in FIXED} for row in csv.DictReader(file)]
+
+
+# Learning --------------------------------------------------------------------------------------
+
+
+def test_overfits_eight_slices(make_run):
+    """The net learns eight slices by heart: each sample is then one of them."""
+    images = np.stack([draw_phantom(16, person, 0.4) for person in range(8)])
+    unet = replace(TINY, dropout=0.0, block_out_channels=(64, 64))
+    run = make_run(unet=unet, data={"train": (images, [str(i) for i in range(8)])}, steps=700,
+                   batch_size=16, learning_rate=2e-3, warmup_steps=50, flip=False)
+    first = run.loss(0).item()
+    while run.step < run.config.steps:
+        run.train_step()
+    with torch.no_grad():
+        last = np.mean([run.loss(10_000 + i).item() for i in range(20)])
+    assert first > 0.5 and last < 0.03
+    known = torch.from_numpy(images)[:, None].float() / 127.5 - 1
+    drawn = run.sample(num=8)
+    nearest = ((drawn[:, None] - known[None]) ** 2).mean(dim=(2, 3, 4)).min(dim=1).values
+    spread = ((known[:, None] - known[None]) ** 2).mean(dim=(2, 3, 4))
+    typical = spread[~torch.eye(8, dtype=bool)].min()
+    assert nearest.median() < typical / 4
+
+
+def test_gradient_equals_finite_differences(make_run):
+    """d loss / d weight, through schedule, target and net, against a difference quotient."""
+    run = make_run(unet=replace(TINY, dropout=0.0), batch_size=2)
+    run.net.double()
+    with torch.no_grad():
+        for parameter in run.net.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    run.forward = lambda x, t: _double(run.net, x, t)
+    weight = run.net.mid_block.resnets[0].conv1.weight
+    run.loss(3).backward()
+    values = []
+    for move in (1e-3, -2e-3):
+        with torch.no_grad():
+            weight[3, 5, 1, 1] += move
+            values.append(run.loss(3).double().item())
+    assert (values[0] - values[1]) / 2e-3 == pytest.approx(weight.grad[3, 5, 1, 1].item(),
+                                                           rel=0.05, abs=1e-5)
+
+
+def _double(net, x, t):
+    """The net in float64; only its sinusoids stay float32."""
+    return net(x.double(), t).float()
+
+
+def test_accumulated_micro_batches_are_one_batch(make_run):
+    """Mean of the micro-batches' gradients = gradient of their union (same noise for both)."""
+    run = make_run(unet=replace(TINY, dropout=0.0), batch_size=8, accumulate=2, flip=False)
+    with torch.no_grad():
+        run.net.conv_out.weight.normal_(std=0.1)
+    pieces = []
+
+    def spy(x, t):
+        pieces.append((x.clone(), t.clone()))
+        return run.net(x, t)
+    run.forward, run.optimizer.step = spy, lambda: None
+    run.optimizer.zero_grad = lambda **_: None
+    before = {n: p.clone() for n, p in run.net.named_parameters()}
+    run.config = replace(run.config, grad_clip=1e9)
+    run.train_step()
+    accumulated = [p.grad.clone() for p in run.net.parameters()]
+
+    images = run.data["train"][np.concatenate([batch_indices(32, 4, 0, m) for m in (0, 1)])]
+    noises = []
+    for micro in (0, 1):
+        torch.manual_seed(step_seed(0, micro))
+        stratified_timesteps(4, 1000, torch.device("cpu"))
+        noises.append(torch.randn(4, 1, 16, 16))
+    x, t = (torch.cat(parts) for parts in zip(*pieces))
+    target = run.scheduler.training_target(images, torch.cat(noises), t)
+    torch.testing.assert_close(run.scheduler.add_noise(images, torch.cat(noises), t), x)
+    for parameter in run.net.parameters():
+        parameter.grad = None
+    F.mse_loss(run.net(x, t), target).backward()
+    for parameter, grad in zip(run.net.parameters(), accumulated):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(before[n], p) for n, p in run.net.named_parameters())
+
+
+def test_timesteps_are_uniform_and_stratified():
+    cpu = torch.device("cpu")
+    for _ in range(20):
+        t = stratified_timesteps(10, 1000, cpu)
+        assert (t // 100).tolist() == list(range(10))
+    many = torch.cat([stratified_timesteps(7, 50, cpu) for _ in range(3000)])
+    counts = torch.bincount(many, minlength=50).float()
+    assert len(counts) == 50 and (counts / counts.mean() - 1).abs().max() < 0.25
+
+
+def test_learning_rate_warms_up_and_falls_to_zero(make_run):
+    run = make_run(steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = []
+    for run.step in range(100):
+        rates.append(run.learning_rate())
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1, abs=0.03)
+    assert rates[50] == pytest.approx(0.5) and rates[-1] < 0.001
+    run.config = replace(run.config, lr_schedule="constant")
+    assert run.learning_rate() == 1.0
+
+
+def test_validation_is_the_same_at_every_call_and_sees_every_quartile(make_run):
+    run = make_run()
+    first = run.evaluate("validate")
+    run.loss(0)  # training's random numbers must not move it
+    assert run.evaluate("validate") == first
+    quarters = [first[q] for q in train_script.QUARTILES]
+    assert np.mean(quarters) == pytest.approx(first["loss"])
+    for parameter in run.ema.net.parameters():
+        parameter.data.add_(0.01)
+    assert run.evaluate("validate") != first
+
+
+def test_validation_of_the_zero_net_has_a_closed_form(make_run):
+    """A net that says 0 errs by v^2 = alpha-bar + (1 - alpha-bar) x^2, noise being unit."""
+    run = make_run()
+    loss = run.evaluate("validate")["loss"]
+    table = NoiseScheduler(make_scheduler_config("cosine")).alphas_cumprod
+    power = (run.data["validate"][np.arange(8)] ** 2).mean().item()
+    assert loss == pytest.approx((table + (1 - table) * power).mean().item(), rel=0.05)
+
+
+# Saving and continuing -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_an_interrupted_run_equals_an_uninterrupted_one(make_run, stop_at):
+    whole = make_run("whole", accumulate=2)
+    assert train(whole, log_every=2, save_every=4)
+
+    first = make_run("parts", accumulate=2)
+    real = first.train_step
+
+    def stop_after():
+        norm = real()
+        if first.step == stop_at:
+            train_script.signal.raise_signal(train_script.signal.SIGTERM)
+        return norm
+    first.train_step = stop_after
+    assert not train(first, log_every=2, save_every=4)
+    assert first.step == stop_at
+
+    torch.manual_seed(999)  # a new process knows nothing of the old one's random state
+    second = make_run("parts", accumulate=2)
+    second.resume()
+    assert second.step == stop_at
+    assert train(second, log_every=2, save_every=4)
+    for key in ("net", "ema", "optimizer", "step", "ema_updates"):
+        assert same(read_checkpoint(whole.checkpoint)[key], read_checkpoint(second.checkpoint)[key])
+    assert metrics(whole) == metrics(second)
+    assert [row["step"] for row in metrics(whole)] == ["2", "4", "6", "8"]
+    for name in ("step_0000004.png", "step_0000008.png"):
+        pair = [(r.folder / "samples" / name).read_bytes() for r in (whole, second)]
+        assert pair[0] == pair[1]
+
+
+def test_rows_after_the_checkpoint_are_dropped_when_continuing(make_run):
+    """Killed between two saves: the lines since the last one are written anew, not twice."""
+    run = make_run()
+    run.rows = [{"step": 2, "loss": "1"}]
+    run.step = 2
+    run.save()
+    train_script.write_metrics(run.folder, run.rows + [{"step": 4, "loss": "2"}])
+    again = make_run()
+    again.resume()
+    assert [row["step"] for row in again.rows] == ["2"]
+
+
+def test_another_configuration_is_refused_with_the_differences(make_run):
+    run = make_run()
+    run.save()
+    other = make_run(learning_rate=5e-4, seed=3)
+    with pytest.raises(UserError, match="learning_rate = 0.001, now 0.0005.*seed = 0, now 3"):
+        other.resume()
+    make_run(steps=100).resume()
+
+
+def test_run_folder(make_run):
+    run = make_run()
+    run.data["test"] = run.data["validate"]
+    assert train(run, log_every=4, save_every=8)
+    finish(run)
+    content = torch.load(run.checkpoint, weights_only=True)
+    assert content["step"] == 8 and content["train"]["seed"] == 0
+    assert same(content["ema"], run.ema.net.state_dict())
+    results = json.loads((run.folder / "results.json").read_text())
+    assert results["images_seen"] == 32 and results["test"] == run.evaluate("test")
+    with safe_open(run.folder / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["unet"])["block_out_channels"] == [32, 64]
+        for name, tensor in run.ema.net.state_dict().items():
+            torch.testing.assert_close(file.get_tensor(name), tensor.half())
+    for name in ("loss.png", "samples/step_0000008.png"):
+        assert (run.folder / name).read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in run.folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(make_run):
+    run = make_run(steps=8)
+    train(run, log_every=4, save_every=8)
+    good = run.checkpoint.read_bytes()
+    run.config = replace(run.config, steps=16)
+    run.net.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="step 12: the loss is not finite"):
+        train(run, log_every=4, save_every=8)
+    assert run.checkpoint.read_bytes() == good
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(make_run, monkeypatch):
+    run = make_run()
+    run.save()
+    good = run.checkpoint.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be written .disk full"):
+        run.save()
+    assert run.checkpoint.read_bytes() == good and len(list(run.folder.iterdir())) == 1
+
+
+class Mischief:
+    """A pickle that would create a file when loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    for name, content in (("text.pt", b"hello"), ("empty.pt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: is damaged"):
+            read_checkpoint(tmp_path / name)
+    torch.save({"state_dict": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="other.pt: is a checkpoint of something else"):
+        read_checkpoint(tmp_path / "other.pt")
+    torch.save(Mischief(tmp_path / "touched"), tmp_path / "hostile.pt")
+    with pytest.raises(UserError, match="hostile.pt"):
+        read_checkpoint(tmp_path / "hostile.pt")
+    assert not (tmp_path / "touched").exists()
