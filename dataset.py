@@ -378,9 +378,13 @@ def phantom_slices(image_size: int, first_person: int, people: int, per_person: 
     """Phantoms of `people` anatomies, evenly spaced heights each: uint8 (N, S, S) and names."""
     places = [(person, slice_) for person in range(first_person, first_person + people)
               for slice_ in range(per_person)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(pool.map(
-            lambda p: draw_phantom(image_size, p[0], (p[1] + 0.5) / per_person, seed), places))
+    images = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool, \
+            progress_bar(len(places), "drawing phantoms", "slice") as bar:
+        for image in pool.map(
+                lambda p: draw_phantom(image_size, p[0], (p[1] + 0.5) / per_person, seed), places):
+            images.append(image)
+            bar.update()
     return np.stack(images), [f"phantom_{p:03d}_slice_{s}" for p, s in places]
 
 

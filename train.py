@@ -82,10 +82,10 @@ class TrainConfig:
 # finest level of the 64-pixel net works at 32x32, the size of the CIFAR nets of Ho et al.
 PRESETS = {
     "quick": dict(image_size=64, block_out_channels=(32, 64, 96), layers_per_block=1,
-                  attention_up_to=8, dropout=0.0, batch_size=16, steps=2400, learning_rate=1e-3,
-                  save_every=400),
+                  attention_up_to=8, dropout=0.0, batch_size=16, steps=1200, learning_rate=1e-3,
+                  save_every=300),
     "64": dict(image_size=64, block_out_channels=(96, 128, 128), layers_per_block=2,
-               attention_up_to=8, dropout=0.0, batch_size=16, steps=9000, learning_rate=5e-4,
+               attention_up_to=8, dropout=0.0, batch_size=16, steps=7500, learning_rate=5e-4,
                save_every=750),
     "128": dict(image_size=128, block_out_channels=(64, 128, 192, 256), layers_per_block=2,
                 attention_up_to=16, dropout=0.1, batch_size=32, steps=60_000, learning_rate=3e-4,
@@ -117,7 +117,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preset", "net and hyperparameters, below (default: 64 with --data, else quick)",
         choices=PRESETS)
     add("--image-size", "side in pixels after square padding, or 'native' for the slices' own "
-        "size", metavar="S")
+        "size", type=image_size, metavar="S")
     add("--cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", type=Path,
         metavar="DIR")
     add("--flip", "flip slices left to right at random (default: off; anatomy is not symmetric)",
@@ -171,7 +171,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def number(kind: type, fits: Callable, wanted: str) -> Callable:
+def number(kind: Callable, fits: Callable, wanted: str) -> Callable:
     """An argparse type: a number of a kind, with a check and its words for the error line."""
     def parse(text: str):
         try:
@@ -187,17 +187,9 @@ def number(kind: type, fits: Callable, wanted: str) -> Callable:
 natural = number(int, lambda v: v >= 0, "a whole number from 0 on")
 positive_int = number(int, lambda v: v >= 1, "a whole number from 1 on")
 positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
+image_size = number(lambda text: text if text == "native" else int(text),
+                    lambda v: v == "native" or v >= 1, "a number of pixels, nor native")
 fraction = number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
-
-
-def parse_image_size(text: str | int) -> int | None:
-    """Pixels, or None for "native". Raises UserError for anything else."""
-    if text == "native":
-        return None
-    try:
-        return positive_int(str(text))
-    except argparse.ArgumentTypeError:
-        raise UserError(f"--image-size {text}: give a number of pixels, or native") from None
 
 
 def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.device
@@ -207,7 +199,7 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
     Raises UserError for values that do not go together, naming the option.
     """
     settings = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
-    settings["data"] = str(args.data.resolve()) if args.data else "phantoms"
+    settings["data"] = args.data.resolve().name if args.data else "phantoms"
     settings["dtype"] = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
     if args.batch_size % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} does not divide --batch-size "
@@ -283,7 +275,7 @@ def stratified_timesteps(count: int, total: int, device: torch.device) -> Tensor
     """(count,) timesteps, one from each of `count` equal parts of [0, total), in order.
 
     Each timestep is as likely as by independent draws, the loss varies less from step to step
-    (Kingma et al. 2021, appendix I.1). The slices' order is random, so theirs needs not be.
+    (the low-discrepancy sampler of Kingma et al. 2021). The slices' order is random, so theirs needs not be.
     """
     places = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
     return (places * total).long().clamp(max=total - 1)
@@ -621,11 +613,11 @@ def main() -> None:
         device = choose_device(args.device)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
-    loaded = load_splits(args.data, parse_image_size(args.image_size), args.cache)
+    size = None if args.image_size == "native" else args.image_size
+    loaded = load_splits(args.data, size, args.cache)
     data = {split: Slices(*loaded[split], device) for split in loaded}
     configs = make_configs(args, data["train"].images.shape[1:], device)
-    folder = args.run or Path("runs") / f"{args.data.resolve().name if args.data else 'phantoms'}" \
-                                        f"-{args.preset}"
+    folder = args.run or Path("runs") / f"{configs[2].data}-{args.preset}"
     if len(data["train"]) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(data['train'])} "
                         "slices in train; give less")

@@ -1,5 +1,7 @@
 """The scripts as a person calls them: exit codes, one clear line, and the files that appear."""
 
+import importlib
+import signal
 import subprocess
 import sys
 
@@ -9,13 +11,35 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import dataset
+
 SMALL = ["--image-size", "16", "--block-out-channels", "32", "32", "--batch-size", "4",
          "--device", "cpu", "--dtype", "float32"]
 
 
 def call(script, *args, cwd):
+    """The script in a process of its own."""
     return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd,
                           capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(script, args, *words): exit code 2, and one line with the words on stderr.
+
+    In this process, since a dozen starts of torch would take a minute.
+    """
+    def check(script, args, *words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            dataset.run_cli(importlib.import_module(script.removesuffix(".py")).main)
+        text = capsys.readouterr().err
+        lines = [line for line in text.splitlines() if not line.startswith("decoding")]
+        assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), text
+        for word in words:
+            assert word in lines[0]
+    return check
 
 
 @pytest.fixture
@@ -32,23 +56,14 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def refused(result, *words):
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("decoding")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    for word in words:
-        assert word in lines[0]
-
-
-def test_train_continue_predict(data, tmp_path):
-    first = call("train.py", "--data", data, "--run", "r", *SMALL, "--steps", 4, cwd=tmp_path)
+def test_train_continue_predict(data, tmp_path, refused):
+    run = ["--data", data, "--run", "r", *SMALL]
+    first = call("train.py", *run, "--steps", 4, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    more = call("train.py", "--data", data, "--run", "r", *SMALL, "--steps", 6, cwd=tmp_path)
+    more = call("train.py", *run, "--steps", 6, cwd=tmp_path)
     assert more.returncode == 0 and "step 4 of 6" in more.stdout, more.stderr
-    again = call("train.py", "--data", data, "--run", "r", *SMALL, "--steps", 6, cwd=tmp_path)
-    assert again.returncode == 0 and "step 6 of 6" in again.stdout
-    refused(call("train.py", "--data", data, "--run", "r", *SMALL, "--steps", 6, "--seed", 9,
-                 cwd=tmp_path), "seed = 0, now 9", "--run")
+    assert (tmp_path / "r" / "results.json").exists()
+    refused("train.py", [*run, "--steps", 6, "--seed", 9], "seed = 0, now 9", "--run")
 
     result = call("predict.py", "--checkpoint", "r", "--num", 3, "--seed", 41, "--steps", 3,
                   "--batch-size", 2, "--out", "o", cwd=tmp_path)
@@ -56,55 +71,83 @@ def test_train_continue_predict(data, tmp_path):
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
         "grid.png", "reverse.png", "samples.json", "slice_000041.png", "slice_000042.png",
         "slice_000043.png"]
-    assert not (tmp_path / "o" / "slice_000041.png").read_bytes().startswith(b"error")
+    with Image.open(tmp_path / "o" / "slice_000042.png") as picture:
+        assert picture.size == (16, 16) and picture.mode == "L"
+    with Image.open(tmp_path / "o" / "grid.png") as picture:
+        assert picture.size == (3 * 17 + 1, 18)
 
 
-def test_train_refuses(data, tmp_path):
-    def attempt(*args):
-        return call("train.py", "--run", "r", *SMALL, "--steps", 2, *args, cwd=tmp_path)
-    refused(attempt("--data", tmp_path / "nowhere"), "nowhere", "no such folder")
-    refused(attempt("--data", data, "--image-size", "17"), "--image-size", "17x17", "divisible")
-    refused(attempt("--data", data, "--image-size", "big"), "--image-size big")
-    refused(attempt("--data", data, "--image-size", "native", "--patch-size", "8"),
-            "--image-size", "20x16")
-    refused(attempt("--data", data, "--batch-size", "13"), "--batch-size 13", "12")
-    refused(attempt("--data", data, "--batch-size", "4", "--accumulate", "3"), "--accumulate 3")
-    refused(attempt("--data", data, "--device", "abacus"), "--device", "abacus")
-    refused(attempt("--data", data, "--steps", "none"), "--steps", "'none'")
-    refused(attempt("--data", data, "--schedule", "zero-snr", "--prediction-type", "epsilon"),
-            "prediction_type")
+def test_train_refuses(data, tmp_path, refused):
+    def attempt(args, *words):
+        refused("train.py", ["--run", "r", *SMALL, "--steps", 2, "--data", data, *args], *words)
+    attempt(["--data", tmp_path / "nowhere"], "nowhere", "no such folder")
+    attempt(["--image-size", "17"], "--image-size", "17x17", "divisible")
+    attempt(["--image-size", "big"], "--image-size", "'big'")
+    attempt(["--image-size", "native", "--patch-size", "8"], "--image-size", "20x16")
+    attempt(["--batch-size", "13"], "--batch-size 13", "12")
+    attempt(["--batch-size", "4", "--accumulate", "3"], "--accumulate 3")
+    attempt(["--device", "abacus"], "--device", "abacus")
+    attempt(["--steps", "none"], "--steps", "'none'")
+    attempt(["--schedule", "zero-snr", "--prediction-type", "epsilon"], "prediction_type")
     (tmp_path / "r").write_text("a file")
-    refused(attempt("--data", data), "r/config.json: cannot be written")
+    attempt([], "cannot be written")
 
 
-def test_train_names_bad_slices(data, tmp_path):
+def test_train_names_bad_slices(data, tmp_path, refused):
     (data / "train" / "case_001_slice_0.png").write_text("not a picture")
-    refused(call("train.py", "--data", data, "--run", "r", *SMALL, cwd=tmp_path),
-            "case_001_slice_0.png", "cannot be read")
+    refused("train.py", ["--data", data, "--run", "r", *SMALL], "case_001_slice_0.png",
+            "cannot be read")
     assert not (tmp_path / "r").exists()
 
 
-def test_predict_refuses(tmp_path):
+@pytest.mark.parametrize("args, words", [
+    (["--checkpoint", "text.pt"], ["text.pt"]),
+    (["--checkpoint", "other.pt"], ["other.pt", "something else"]),
+    (["--checkpoint", "nowhere"], ["nowhere"]),
+    (["--checkpoint", "latest"], ["latest", "train"]),
+    (["--steps", "2000"], ["--steps 2000", "1000"]),
+    (["--eta", "2"], ["--eta 2"]),
+    (["--seed", "-1"], ["--seed", "'-1'"]),
+    (["--sampler", "magic"], ["--sampler", "magic"]),
+    (["--device", "abacus"], ["--device", "abacus"]),
+    (["--out", "text.pt", "--num", "1", "--steps", "1", "--batch-size", "1"],
+     ["text.pt", "cannot be written"]),
+])
+def test_predict_refuses(tmp_path, refused, args, words):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    for args, words in [
-            (["--checkpoint", "text.pt"], ["text.pt"]),
-            (["--checkpoint", "other.pt"], ["other.pt", "something else"]),
-            (["--checkpoint", "nowhere"], ["nowhere"]),
-            (["--checkpoint", "latest"], ["latest", "train"]),
-            (["--steps", "2000"], ["--steps 2000", "1000"]),
-            (["--eta", "2"], ["--eta 2"]),
-            (["--seed", "-1"], ["--seed", "'-1'"]),
-            (["--sampler", "magic"], ["--sampler", "magic"])]:
-        refused(call("predict.py", *args, cwd=tmp_path), *words)
+    refused("predict.py", args, *words)
 
 
-def test_inspect(data, tmp_path):
+def test_inspect(data, tmp_path, refused):
     result = call("dataset.py", "inspect", data, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "12 slices     3 people" in result.stdout
-    assert (tmp_path / "inspect.png").exists()
-    refused(call("dataset.py", "inspect", tmp_path / "nowhere", cwd=tmp_path), "nowhere")
+    with Image.open(tmp_path / "inspect.png") as picture:
+        assert picture.size == (8 * 129 + 1, 2 * 129 + 1)
+    refused("dataset.py", ["inspect", tmp_path / "nowhere"], "nowhere")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_sigterm_saves_and_the_same_command_continues(data, tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--data", data, "--run", "r", *SMALL,
+               "--steps", "100000", "--log-every", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by SIGTERM" in rest
+    step = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"]
+    rows = (tmp_path / "r" / "metrics.csv").read_text().splitlines()
+    assert step >= 3 and len(rows) == step + 1
+
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    lines = [next(process.stdout), next(process.stdout)]
+    process.kill()
+    process.communicate()
+    assert f"step {step} of" in lines[0] and lines[1].startswith(f"step {step + 1}/")
 
 
 @pytest.mark.parametrize("script", ["train.py", "predict.py", "dataset.py"])

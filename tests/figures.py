@@ -1,0 +1,164 @@
+"""Draws the figures of README.md into images/.
+
+    python tests/figures.py --data ROOT --run RUN
+
+RUN is the run folder of the shipped model (for its loss curve); ROOT holds the real slices that
+stand beside the generated ones. Either may be left out; its figures then stay as they are.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset import (Parser, Slices, load_splits, person_of, phantom_slices, run_cli,  # noqa: E402
+                     save_grid, to_uint8)
+from modules import UNet, UNetConfig, choose_dtype  # noqa: E402
+from predict import SHIPPED, load_model, sample_batch  # noqa: E402
+
+IMAGES = ROOT / "images"
+CPU = torch.device("cpu")
+
+
+def show(axes, image: torch.Tensor, title: str = "") -> None:
+    """One (1, H, W) image in [-1, 1], without axes."""
+    axes.imshow(to_uint8(image)[0], cmap="gray", vmin=0, vmax=255)
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+
+
+def draw_process(model, states: torch.Tensor) -> None:
+    """Forward process of a generated slice above, the reverse process that made it below."""
+    scheduler, columns = model.scheduler, 8
+    total, clean = scheduler.config.num_train_timesteps, states[-1:]
+    figure, rows = plt.subplots(2, columns, figsize=(11, 3.3), layout="constrained")
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    for axes, t in zip(rows[0], np.linspace(0, total - 1, columns).round().astype(int)):
+        show(axes, scheduler.add_noise(clean, noise, torch.tensor([t]))[0], f"t = {t}")
+    timesteps = [*scheduler.timesteps(len(states) - 1), 0]
+    for axes, i in zip(rows[1], np.linspace(0, len(states) - 1, columns).round().astype(int)):
+        show(axes, states[i], f"t = {timesteps[i]}" if i < len(states) - 1 else "slice")
+    rows[0][0].text(-0.15, 0.5, "forward", rotation=90, va="center", ha="right",
+                    transform=rows[0][0].transAxes)
+    rows[1][0].text(-0.15, 0.5, "reverse", rotation=90, va="center", ha="right",
+                    transform=rows[1][0].transAxes)
+    figure.savefig(IMAGES / "process.png", dpi=110)
+
+
+def box(axes, x: float, y: float, text: str, colour: str, width: float = 2.3,
+        height: float = 0.78) -> None:
+    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, fc=colour,
+                                  ec="0.25", boxstyle="round,pad=0.04"))
+    axes.text(x, y, text, ha="center", va="center", fontsize=8)
+
+
+def arrow(axes, start: tuple, end: tuple, **style) -> None:
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10,
+                                   color=style.pop("color", "0.25"), **style))
+
+
+def draw_unet(config: UNetConfig) -> None:
+    """The architecture, from the config of the shipped net: every number is read off it."""
+    figure, axes = plt.subplots(figsize=(10, 5.6), layout="constrained")
+    (height, width), patch = config.sample_size, config.patch_size
+    count, last = sum(p.numel() for p in UNet(config).parameters()), len(config.resolutions) - 1
+    colours = ("#cfe3f5", "#d7ecd3", "#f7e3bf", "#f2cfd4", "#ddd3ee")
+
+    def level_text(level: int, blocks: int) -> str:
+        scale = patch * 2**level
+        attention = config.resolutions[level] in config.attention_resolutions
+        return (f"{config.block_out_channels[level]} channels, {height // scale}x{width // scale}"
+                f"\n{blocks} residual blocks" + (" + attention" if attention else ""))
+
+    box(axes, 0, 1.3, f"noisy slice, {config.in_channels} x {height}x{width}\nfold {patch}x{patch}"
+        " blocks, 3x3 conv", "white", 2.6)
+    box(axes, 8, 1.3, "GroupNorm, SiLU, 3x3 conv\nunfold: "
+        f"{config.out_channels} x {height}x{width} prediction of v", "white", 2.6)
+    for level in range(last + 1):
+        y, shift, colour = -1.3 * level, 0.55 * level, colours[level]
+        box(axes, shift, y, level_text(level, config.layers_per_block), colour)
+        box(axes, 8 - shift, y, level_text(level, config.layers_per_block + 1), colour)
+        arrow(axes, (shift + 1.25, y), (8 - shift - 1.25, y), linestyle="--", color="0.5")
+        axes.text(4, y + 0.09, f"{config.layers_per_block + 1} skip connections", fontsize=7,
+                  ha="center", color="0.4")
+        above = shift - 0.55 if level else 0
+        arrow(axes, (above, y + 0.86), (shift, y + 0.44))
+        arrow(axes, (8 - shift, y + 0.44), (8 - above, y + 0.86))
+        if level:
+            axes.text(shift - 0.6, y + 0.65, "3x3 conv, stride 2", fontsize=7, ha="right",
+                      va="center")
+            axes.text(8.6 - shift, y + 0.65, "nearest x2, 3x3 conv", fontsize=7, va="center")
+    bottom, shift = -1.3 * (last + 1), 0.55 * last
+    box(axes, 4, bottom, "middle: residual block, attention,\nresidual block", colours[last], 2.9)
+    arrow(axes, (shift, bottom + 0.86), (2.5, bottom + 0.1))
+    arrow(axes, (5.5, bottom + 0.1), (8 - shift, bottom + 0.86))
+    box(axes, 4, 1.3, "timestep t: sinusoids, 2-layer MLP\nadded in every residual block",
+        "#eeeeee", 2.9)
+    arrow(axes, (4, 0.86), (4, 0.3), linestyle=":")
+    axes.set(xlim=(-1.6, 9.6), ylim=(bottom - 0.6, 1.9),
+             title=f"UNet of the 64-pixel model: {count / 1e6:.1f} M parameters")
+    axes.set_axis_off()
+    figure.savefig(IMAGES / "unet.png", dpi=110)
+
+
+def draw_comparison(generated: torch.Tensor, data: Path) -> None:
+    """Unpicked generated slices below, a few real ones (one per person of test) above."""
+    images, names = load_splits(data, generated.shape[-1])["test"]
+    people = sorted({person_of(Path(name)) for name in names})[:8]
+    rng = np.random.default_rng(0)
+    chosen = [rng.choice([i for i, name in enumerate(names) if person_of(Path(name)) == person])
+              for person in people]
+    real = Slices(images, names, CPU)[np.array(chosen)]
+    figure, panels = plt.subplots(5, 8, figsize=(10.4, 6.8),
+                                  gridspec_kw=dict(wspace=0.03, hspace=0.03, left=0.04, right=0.995,
+                                                   top=0.995, bottom=0.005))
+    for axes, image in zip(panels.flat, torch.cat([real, generated[:32]])):
+        show(axes, image)
+    figure.text(0.02, 0.9, "real (test)", rotation=90, va="center", ha="center")
+    figure.text(0.02, 0.4, "generated, seeds 0 to 31", rotation=90, va="center", ha="center")
+    figure.savefig(IMAGES / "real_and_generated.png", dpi=110)
+    for name, pixels in (("real, test", torch.from_numpy(images)[:, None]),
+                         (f"generated, {len(generated)}", to_uint8(generated))):
+        pixels = pixels.float()
+        corners = torch.cat([pixels[..., :6, :6], pixels[..., :6, -6:], pixels[..., -6:, :6],
+                             pixels[..., -6:, -6:]])
+        print(f"{name:15s} mean {pixels.mean():.1f}  share under 8 {(pixels < 8).float().mean():.3f}"
+              f"  corners: mean {corners.mean():.2f}, largest {corners.max():.0f}"
+              f"  spread of slice means {pixels.mean(dim=(1, 2, 3)).std():.1f}")
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of real slices (default: none)")
+    parser.add_argument("--run", type=Path, help="run folder of the model (default: none)")
+    args = parser.parse_args()
+    IMAGES.mkdir(exist_ok=True)
+    model = load_model(SHIPPED, CPU)
+    draw_unet(model.net.config)
+    phantoms = phantom_slices(128, 0, 8, 2)
+    save_grid(Slices(*phantoms, CPU)[np.arange(16)], IMAGES / "phantoms.png", columns=8)
+    generated = []
+    for first in range(0, 64, 16):
+        states = list(sample_batch(model, list(range(first, first + 16)), 16, 50, "ddim", 0.0, CPU,
+                                   choose_dtype("auto", CPU)))
+        generated.append(states[-1])
+        if first == 0:
+            draw_process(model, torch.cat([state[:1] for state in states]))
+    if args.data:
+        draw_comparison(torch.cat(generated), args.data)
+    if args.run:
+        shutil.copy(args.run / "loss.png", IMAGES / "loss.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)
