@@ -38,6 +38,7 @@ from tqdm import tqdm
 SPLITS = ("train", "validate", "test")
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|sub-[A-Za-z0-9]+|phantom_\d+)")
+LARGEST_SIDE = 8192  # pixels; beyond it, a file is no slice, and padding would eat the memory
 CACHE_VERSION = 1  # raise it when the same files would decode to other pixels
 
 # ---------------------------------------------------------------------------------------------
@@ -60,8 +61,13 @@ def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except (UserError, MemoryError, RuntimeError) as error:
+        # A CPU's allocator raises a plain RuntimeError, told by its text alone.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        text = str(error) if isinstance(error, UserError) else (
+            "out of memory; give a smaller --batch-size, --image-size or --num")
+        print("error: " + " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -72,7 +78,7 @@ def write_atomic(path: Path, write: Callable) -> None:
 
     Raises UserError if the folder cannot be written; `path` is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -129,11 +135,10 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def person_of(path: Path) -> str:
-    """The person a slice is of, from names as in case_001_slice_0 or OAS1_0001_MR1; else the
-    file's own name."""
+def person_of(path: Path) -> str | None:
+    """The person a slice is of, from names as in case_001_slice_0 or OAS1_0001_MR1, or None."""
     match = PERSON.search(path.name)
-    return match[0] if match else path.stem
+    return match[0] if match else None
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -154,12 +159,12 @@ def find_slices(root: Path) -> dict[str, list[Path]]:
     A folder without splits is divided by person (see `split_by_person`).
     Raises UserError for a missing or empty folder, or if a person stands in two splits.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder; --data takes the folder that holds the slices")
     for prefix in ("", "keras_png_slices_"):
         folders = {split: root / (prefix + split) for split in SPLITS}
-        if folders["train"].is_dir():
-            splits = {s: images_in(f) if f.is_dir() else [] for s, f in folders.items()}
+        if os.path.isdir(folders["train"]):
+            splits = {s: images_in(f) if os.path.isdir(f) else [] for s, f in folders.items()}
             if not splits["train"]:
                 raise UserError(f"{folders['train']}: holds no images ({_extensions()})")
             break
@@ -181,22 +186,27 @@ def split_by_person(files: list[Path], seed: int = 0) -> dict[str, list[Path]]:
     """About 85 / 10 / 5 % of the people for train / validate / test, by a fixed shuffle.
 
     All slices of one person stay together: neighbours are near-copies, so that a split by
-    slice would leak. With fewer than 20 people, at least one goes to each of the smaller
-    splits if three are there, else all to train.
+    slice would leak. At least one person goes to each of the smaller splits if three are there,
+    else all go to train. Where a name tells no person, its slice counts as one, with a warning.
     """
-    people = sorted({person_of(path) for path in files})
+    person = {path: person_of(path) or path.stem for path in files}
+    unknown = sum(person_of(path) is None for path in files)
+    if unknown:
+        print(f"warning: {unknown} names, such as {files[0].name}, tell no person (case_001_..., "
+              "OAS1_0001_..., sub-01_...); slices of one head may stand in two splits",
+              file=sys.stderr)
+    people = sorted(set(person.values()))
     order = np.random.default_rng(seed).permutation(len(people))
     held = [max(1, round(len(people) * share)) if len(people) >= 3 else 0
             for share in (0.10, 0.05)]
-    split_of = {}
-    for rank, index in enumerate(order):
-        split_of[people[index]] = ("validate" if rank < held[0] else
-                                   "test" if rank < sum(held) else "train")
-    return {s: [path for path in files if split_of[person_of(path)] == s] for s in SPLITS}
+    split_of = {people[index]: "validate" if place < held[0] else
+                "test" if place < sum(held) else "train" for place, index in enumerate(order)}
+    return {s: [path for path in files if split_of[person[path]] == s] for s in SPLITS}
 
 
 def _refuse_shared_people(splits: dict[str, list[Path]]) -> None:
-    people = {split: {person_of(path) for path in files} for split, files in splits.items()}
+    people = {split: {person_of(path) for path in files} - {None}
+              for split, files in splits.items()}
     for first, second in (("train", "validate"), ("train", "test"), ("validate", "test")):
         shared = people[first] & people[second]
         if shared:
@@ -220,12 +230,10 @@ def decode(path: Path, image_size: int | None) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.load()
-            if image.mode == "F":
-                raise UserError(f"{path}: has floating-point pixels; save it with 8 or 16 bits")
-            if image.mode.startswith("I"):
-                image = Image.fromarray(np.asarray(image).astype(np.float32) / 257)
-            elif image.mode != "L":
-                image = image.convert("L")
+            if max(image.size) > LARGEST_SIDE:
+                raise UserError(f"{path}: has a side of {max(image.size)} pixels; slices have at "
+                                f"most {LARGEST_SIDE}")
+            image = to_gray(image)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"{path}: cannot be read ({reason}); replace or remove it") from None
@@ -235,6 +243,22 @@ def decode(path: Path, image_size: int | None) -> np.ndarray:
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(image).round().clip(0, 255).astype(np.uint8)
+
+
+def to_gray(image: Image.Image) -> Image.Image:
+    """An image of any mode -> mode L, or F in [0, 255] for 16 bits; black where transparent.
+
+    Raises ValueError for pixels that are neither 8 nor 16 bits.
+    """
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image).astype(np.float32)
+        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("its pixels have neither 8 nor 16 bits")
+        return Image.fromarray(pixels / 257)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("L")
 
 
 def decode_all(files: list[Path], image_size: int | None) -> np.ndarray:
@@ -273,8 +297,14 @@ def decode_all(files: list[Path], image_size: int | None) -> np.ndarray:
 
 
 def default_cache() -> Path:
-    """Where decoded slices are kept: the user's cache folder (XDG_CACHE_HOME is heeded)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oasis-diffusion"
+    """Where decoded slices are kept: the user's cache folder (XDG_CACHE_HOME is heeded).
+
+    Raises UserError for a user without a home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oasis-diffusion"
+    except RuntimeError:
+        raise UserError("no home folder to keep decoded slices in; give --cache") from None
 
 
 def load_images(files: list[Path], image_size: int | None, cache: Path | None = None
@@ -283,18 +313,20 @@ def load_images(files: list[Path], image_size: int | None, cache: Path | None = 
 
     The cache is found by the files' names, sizes and times and the image size, and trusted only
     if its checksum holds, so that a stale or damaged one is decoded again. It is mapped into
-    memory, not read, and so shared by all processes of a machine.
+    memory, and so shared by all processes of a machine.
     Raises UserError as `decode_all` does.
     """
     cache = cache or default_cache()
-    facts = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-             for path in files for stat in [path.stat()]]
+    facts = [_file_facts(path) for path in files]
     key = hashlib.sha256(repr((CACHE_VERSION, image_size, facts)).encode()).hexdigest()[:24]
     for found in cache.glob(f"{key}-*.npy"):
         images = _read_cache(found, len(files))
         if images is not None:
             return images
     images = decode_all(files, image_size)
+    if images.max() < 64:
+        print(f"warning: the brightest pixel of {files[0].parent} is {images.max()} of 255; 12-bit "
+              "values in 16-bit files? scale them so that 65535 is white", file=sys.stderr)
     target = cache / f"{key}-{zlib.crc32(images):08x}.npy"
     try:
         write_atomic(target, lambda file: np.save(file, images, allow_pickle=False))
@@ -302,6 +334,18 @@ def load_images(files: list[Path], image_size: int | None, cache: Path | None = 
         print(f"warning: no cache, the slices will be decoded again next time: {error}",
               file=sys.stderr)
     return images
+
+
+def _file_facts(path: Path) -> tuple[str, int, int]:
+    """What tells a changed file: its path, size and time. Raises UserError for no plain file."""
+    try:
+        if path.is_file():  # reading a pipe would wait for ever
+            stat = path.stat()
+            return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+    except OSError:
+        pass
+    raise UserError(f"{path}: cannot be read (a broken link, or no plain file); replace or "
+                    "remove it")
 
 
 def _read_cache(path: Path, count: int) -> np.ndarray | None:
@@ -315,7 +359,8 @@ def _read_cache(path: Path, count: int) -> np.ndarray | None:
     except (OSError, ValueError, EOFError):
         pass
     print(f"warning: {path} is damaged; decoding again", file=sys.stderr)
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
     return None
 
 
@@ -325,11 +370,10 @@ def _read_cache(path: Path, count: int) -> np.ndarray | None:
 
 
 def _smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
-    """A smooth random field, (size, size), about unit variance, features of size / cells px."""
-    coarse = Image.fromarray(rng.standard_normal((cells + 3, cells + 3)).astype(np.float32))
-    edge = (cells + 3) / (2 * cells + 6)
+    """A smooth random field, (size, size), with features of about size / cells pixels."""
+    coarse = Image.fromarray(rng.standard_normal((cells + 1, cells + 1)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC,
-                                    box=(edge, edge, cells + 3 - edge, cells + 3 - edge)))
+                                    box=(0.5, 0.5, cells + 0.5, cells + 0.5)))
 
 
 def draw_phantom(image_size: int, person: int, position: float, seed: int = 0) -> np.ndarray:
@@ -349,7 +393,7 @@ def draw_phantom(image_size: int, person: int, position: float, seed: int = 0) -
     radius = np.hypot(x / (width * shrink), y / (length * shrink)) / lobes  # 1 on the surface
 
     # Sulci are the zero lines of smooth noise: they meander, branch and end as real ones do.
-    folds = _smooth_noise(rng, 14, size) + (position - 0.5) * _smooth_noise(rng, 14, size)
+    folds = _smooth_noise(rng, 16, size) + (position - 0.5) * _smooth_noise(rng, 16, size)
     depth = np.clip((radius - 0.45) / 0.4, 0, 1)
     ribbon = np.abs(folds) / (0.05 + 0.95 * depth)
     white, grey, fluid = 0.80, 0.55, 0.12
@@ -397,13 +441,19 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
                 ) -> dict[str, tuple[np.ndarray, list[str]]]:
     """Images, uint8 (N, H, W), and names of each split of a root, or of the phantoms for None.
 
-    Splits without slices are left out. Raises UserError as the functions above do.
+    Splits without slices are left out. Raises UserError as the functions above do, or if the
+    splits differ in size.
     """
     if root is None:
         people = {"train": (0, 192), "validate": (192, 16), "test": (208, 16)}
         return {s: phantom_slices(image_size or 64, *people[s]) for s in SPLITS}
-    return {split: (load_images(files, image_size, cache), [path.name for path in files])
-            for split, files in find_slices(root).items() if files}
+    loaded = {split: (load_images(files, image_size, cache), [path.name for path in files])
+              for split, files in find_slices(root).items() if files}
+    shapes = {split: images.shape[1:] for split, (images, _) in loaded.items()}
+    if len(set(shapes.values())) > 1:
+        raise UserError(f"{root}: the splits differ in size (" + ", ".join(
+            f"{s} {h}x{w}" for s, (h, w) in shapes.items()) + "); give --image-size")
+    return loaded
 
 
 @lru_cache(maxsize=2)
@@ -442,9 +492,18 @@ class Slices:
 
     def __getitem__(self, indices: np.ndarray) -> Tensor:
         """int64 (B,) -> float32 (B, 1, H, W) in [-1, 1] on the device."""
-        index = torch.from_numpy(indices).to(self.images.device)
-        batch = self.images[index].to(self.device, non_blocking=True)
-        return batch[:, None].float() / 127.5 - 1
+        index = torch.from_numpy(indices)
+        if self.images.device.type == "cuda":
+            index = _to_card(index, self.device)
+        batch = self.images[index]
+        if self.device.type == "cuda" and batch.device.type == "cpu":
+            batch = _to_card(batch, self.device)
+        return batch.to(self.device)[:, None].float() / 127.5 - 1
+
+
+def _to_card(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy to the GPU that the host does not wait for; only pinned memory allows that."""
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -457,25 +516,25 @@ def inspect(root: Path | None, picture: Path) -> None:
 
     Raises UserError as `find_slices` and `decode_all` do.
     """
-    splits = load_splits(root, 128)
-    files = find_slices(root) if root else {}
+    files = {s: f for s, f in find_slices(root).items() if f} if root else {}
+    splits = {s: (decode_all(f, 128), [path.name for path in f]) for s, f in files.items()} \
+        if root else load_splits(None, 128)
     print(f"{root or 'phantoms (no data given)'}")
     rows = []
     for split, (images, names) in splits.items():
-        people = len({person_of(Path(name)) for name in names})
-        sizes = Counter(_size_and_mode(path) for path in files.get(split, []))
-        kinds = ", ".join(f"{n} of {kind}" for kind, n in sizes.most_common(3))
-        print(f"  {split:9s}{len(images):6d} slices  {people:4d} people  mean grey level "
-              f"{images.mean():5.1f}  black {np.mean(images < 8):4.0%}  {kinds}")
+        people = len({person_of(Path(name)) for name in names} - {None})
+        kinds = Counter(_size_and_mode(path) for path in files.get(split, []))
+        print(f"  {split:9s}{len(images):6d} slices  {people or 'unknown':>4} people  mean grey "
+              f"level {images.mean():5.1f}  black {np.mean(images < 8):4.0%}  "
+              + ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common(3)))
         chosen = np.random.default_rng(0).choice(len(images), 8, replace=len(images) < 8)
         rows.append(Slices(images, names, torch.device("cpu"))[np.sort(chosen)])
-    print("  no person stands in two splits")
     save_grid(torch.cat(rows), picture, columns=8)
-    print(f"  8 random slices of each split, row by row: {picture}")
+    print(f"8 random slices of each split, row by row: {picture}")
 
 
 def _size_and_mode(path: Path) -> str:
-    with Image.open(path) as image:
+    with Image.open(path) as image:  # decoded before, so it opens
         return f"{image.width}x{image.height} {image.format} {image.mode}"
 
 

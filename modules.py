@@ -323,6 +323,8 @@ class SchedulerConfig:
     variance_type: of the ancestral step: "fixed_small" (posterior variance, right for a fixed
         image) or "fixed_large" (beta_t, right for white noise); Ho et al., section 3.2.
     clip_sample: clip the predicted clean image to [-1, 1] at every reverse step.
+    timestep_spacing: "trailing" is what `NoiseScheduler.timesteps` does; the key is here so that
+        diffusers does it too.
 
     Raises ValueError for values that make no diffusion, naming the field.
     """
@@ -335,18 +337,20 @@ class SchedulerConfig:
     prediction_type: str = "v_prediction"
     variance_type: str = "fixed_small"
     clip_sample: bool = True
+    timestep_spacing: str = "trailing"
 
     def __post_init__(self):
         choices = {
             "beta_schedule": ("linear", "squaredcos_cap_v2"),
             "prediction_type": ("epsilon", "v_prediction", "sample"),
             "variance_type": ("fixed_small", "fixed_large"),
+            "timestep_spacing": ("trailing",),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {list(allowed)}")
-        if self.num_train_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError("num_train_timesteps must be at least 1 and "
+        if self.num_train_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError("num_train_timesteps must be at least 2 and "
                              "0 < beta_start <= beta_end < 1")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError("prediction_type: epsilon says nothing at a zero signal-to-noise "
@@ -519,21 +523,31 @@ def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Callable[[], Tenso
     """A source of unit noise in which image i depends on seeds[i] alone.
 
     Each call returns the next float32 (len(seeds), *shape). Drawn on the CPU, so that a seed
-    means the same noise on every device.
+    means the same noise on every device; torch's generator there heeds the low 32 bits alone.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
+def run_net(net: Callable, sample: Tensor, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+    """The net in its compute type, and float32 again behind it: (B, C, H, W) -> same.
+
+    Channels come last in memory, as the fast convolutions of CPUs and GPUs want them.
+    """
+    with torch.autocast(sample.device.type, dtype, enabled=dtype != torch.float32):
+        return net(sample.contiguous(memory_format=torch.channels_last), timesteps).float()
+
+
 @torch.inference_mode()
 def reverse_process(net: Callable[[Tensor, Tensor], Tensor], scheduler: NoiseScheduler,
-                    noise: Callable[[], Tensor], num_inference_steps: int,
-                    sampler: str = "ddim", eta: float = 0.0,
-                    device: torch.device | str = "cpu") -> Iterator[Tensor]:
+                    noise: Callable[[], Tensor], num_inference_steps: int, sampler: str = "ddim",
+                    eta: float = 0.0, device: torch.device | str = "cpu",
+                    dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
     """From noise to images: yields x_{T-1}, then the state after each step, the image last.
 
     net: the denoiser, (B, C, H, W) and (B,) timesteps -> (B, C, H, W).
     noise: source of unit noise (B, C, H, W), called for the start and for each random step.
+    dtype: what the net computes in.
     Each state is a float32 (B, C, H, W) on `device`; the last lies in [-1, 1] if clipped.
     Ho et al., algorithm 2 ("ddpm"); Song et al., eq. 12 ("ddim").
     """
@@ -541,7 +555,8 @@ def reverse_process(net: Callable[[Tensor, Tensor], Tensor], scheduler: NoiseSch
     yield sample
     timesteps = scheduler.timesteps(num_inference_steps)
     for timestep, prev in zip(timesteps, timesteps[1:] + [-1]):
-        output = net(sample, torch.full((len(sample),), timestep, device=device))
+        steps = torch.full((len(sample),), timestep, device=device)
+        output = run_net(net, sample, steps, dtype)
         random = sampler == "ddpm" or eta > 0
         fresh = noise().to(device) if random and prev >= 0 else None
         if sampler == "ddpm":
@@ -589,6 +604,8 @@ def choose_device(name: str = "auto") -> torch.device:
             "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {name!r} is not on this machine; take cpu, or leave it out "

@@ -22,7 +22,7 @@ from dataset import (Parser, UserError, progress_bar, run_cli, save_grid, save_p
                      write_atomic)
 from modules import (SAMPLERS, NoiseScheduler, SchedulerConfig, UNet, UNetConfig, choose_device,
                      choose_dtype, reverse_process, seeded_noise)
-from train import FORMAT, natural, positive_int, read_checkpoint
+from train import EVAL_SEED, FORMAT, positive_int, read_checkpoint, seed_number
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "oasis-64.safetensors"
 STRIP_LENGTH = 10  # pictures in the strip of the reverse process
@@ -101,8 +101,8 @@ def load_model(path: Path, device: torch.device) -> Model:
         scheduler = NoiseScheduler(SchedulerConfig(**content["scheduler"]))
         net.load_state_dict(content["ema"])
         step = int(content["step"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever configs and weights from elsewhere can break
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: its weights and its configs do not fit ({reason}); give another "
                         "one") from None
     net.eval().requires_grad_(False)
@@ -121,15 +121,11 @@ def sample_batch(model: Model, seeds: list[int], batch_size: int, num_inference_
     A short batch is filled up with its last seed: the kernels that the hardware picks, and with
     them the last bits of a slice, depend on the batch's size.
     """
-    def net(x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return model.net(x.contiguous(memory_format=torch.channels_last), t)
-
     filled = seeds + seeds[-1:] * (batch_size - len(seeds))
     config = model.net.config
     noise = seeded_noise(filled, (config.in_channels, *config.sample_size))
-    for state in reverse_process(net, model.scheduler, noise, num_inference_steps, sampler, eta,
-                                 device):
+    for state in reverse_process(model.net, model.scheduler, noise, num_inference_steps, sampler,
+                                 eta, device, dtype):
         yield state[:len(seeds)]
 
 
@@ -165,7 +161,7 @@ def parse_args() -> argparse.Namespace:
         help="folder for the pictures (default: %(default)s)")
     add("--num", type=positive_int, default=16, metavar="N",
         help="how many slices (default: %(default)s)")
-    add("--seed", type=natural, default=0, metavar="K",
+    add("--seed", type=seed_number, default=0, metavar="K",
         help="seed of the first slice; slice i is drawn from K+i alone (default: %(default)s)")
     add("--sampler", choices=SAMPLERS, default="ddim",
         help="ddim (Song et al.) or the ancestral ddpm (Ho et al.) (default: %(default)s)")
@@ -193,8 +189,17 @@ def main() -> None:
     steps = args.steps or (total if args.sampler == "ddpm" else min(50, total))
     if steps > total:
         raise UserError(f"--steps {steps}: the model was trained with {total}; give no more")
+    if args.seed + args.num > EVAL_SEED:
+        raise UserError(f"--seed {args.seed} and --num {args.num} go beyond the last seed, "
+                        f"{EVAL_SEED - 1}")
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta {args.eta}: give a value from 0 to 1")
+
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); give another "
+                        "folder") from None
 
     start = time.monotonic()
     seeds = list(range(args.seed, args.seed + args.num))

@@ -15,14 +15,13 @@ import csv
 import io
 import json
 import math
-import os
-import pickle
 import platform
 import resource
+import shutil
 import signal
 import sys
 import time
-import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,14 +37,14 @@ from tqdm import tqdm
 from dataset import (Parser, Slices, UserError, batch_indices, load_splits, run_cli, save_grid,
                      write_atomic)
 from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
-                     choose_device, choose_dtype, make_scheduler_config, reverse_process,
+                     choose_device, choose_dtype, make_scheduler_config, reverse_process, run_net,
                      seeded_noise)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
 
 FORMAT = "oasis-diffusion-1"
-EVAL_SEED = 2**32  # far from the seeds that people give their slices
+EVAL_SEED = 2**31  # far from the seeds that people give their slices
 QUARTILES = ("q1", "q2", "q3", "q4")
 COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUARTILES),
            "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
@@ -59,11 +58,13 @@ COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUART
 class TrainConfig:
     """What a run is, beside its net and its diffusion; the fields are train.py's options.
 
-    Stored in every checkpoint. Two runs with equal configs, on equal hardware, are equal bit for
-    bit. `steps` alone may grow when a run is continued.
+    Stored in every checkpoint. On equal CPUs, two runs with equal configs are equal bit for bit.
+    When a run is continued, `steps` may grow, and `data`, the folder's name, may change; what
+    is in it, `data_crc32`, may not.
     """
 
     data: str
+    data_crc32: int
     steps: int
     batch_size: int
     accumulate: int
@@ -122,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR")
     add("--flip", "flip slices left to right at random (default: off; anatomy is not symmetric)",
         False, action="store_true")
-    add("--seed", "seed of weights, order, timesteps and noise", 0, type=natural, metavar="K")
+    add("--seed", "seed of weights, order, timesteps and noise", 0, type=seed_number, metavar="K")
 
     add = group("optimisation")
     add("--steps", "optimiser steps in all", type=positive_int, metavar="N")
@@ -185,6 +186,7 @@ def number(kind: Callable, fits: Callable, wanted: str) -> Callable:
 
 
 natural = number(int, lambda v: v >= 0, "a whole number from 0 on")
+seed_number = number(int, lambda v: 0 <= v < EVAL_SEED, "a whole number from 0 to 2^31 - 1")
 positive_int = number(int, lambda v: v >= 1, "a whole number from 1 on")
 positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
 image_size = number(lambda text: text if text == "native" else int(text),
@@ -192,13 +194,14 @@ image_size = number(lambda text: text if text == "native" else int(text),
 fraction = number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
 
-def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.device
-                 ) -> tuple[UNetConfig, SchedulerConfig, TrainConfig]:
-    """The three configs of a run from its options and the slices' (H, W).
+def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.device,
+                 data_crc32: int) -> tuple[UNetConfig, SchedulerConfig, TrainConfig]:
+    """The three configs of a run from its options, the slices' (H, W) and their checksum.
 
     Raises UserError for values that do not go together, naming the option.
     """
-    settings = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
+    settings = {f.name: getattr(args, f.name) for f in fields(TrainConfig)
+                if f.name != "data_crc32"}
     settings["data"] = args.data.resolve().name if args.data else "phantoms"
     settings["dtype"] = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
     if args.batch_size % args.accumulate:
@@ -216,7 +219,7 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
     except ValueError as error:
         option = "--image-size" if "image size" in str(error) else "--preset or its options"
         raise UserError(f"{option}: {error}") from None
-    return unet, scheduler, TrainConfig(**settings)
+    return unet, scheduler, TrainConfig(**settings, data_crc32=data_crc32)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -229,12 +232,11 @@ def read_checkpoint(path: Path) -> dict:
 
     Raises UserError if the file is missing, damaged, or a checkpoint of something else.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile):
+    except Exception:  # a damaged file can make the reader raise anything
         raise UserError(f"{path}: is damaged, or no checkpoint of train.py; give another "
                         "one") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -243,10 +245,13 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
-def to_cpu_bytes(content: dict) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+def to_cpu(value):
+    """A nest of dicts and lists with its tensors on the CPU, so that it loads anywhere."""
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_cpu(item) for item in value]
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def describe_machine(device: torch.device) -> str:
@@ -267,15 +272,16 @@ def describe_machine(device: torch.device) -> str:
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """One 64-bit seed out of (seed, step, rank), well mixed."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+    """One 32-bit seed out of (seed, step, rank), well mixed."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 def stratified_timesteps(count: int, total: int, device: torch.device) -> Tensor:
     """(count,) timesteps, one from each of `count` equal parts of [0, total), in order.
 
-    Each timestep is as likely as by independent draws, the loss varies less from step to step
-    (the low-discrepancy sampler of Kingma et al. 2021). The slices' order is random, so theirs needs not be.
+    Each timestep is as likely as by independent draws, and the loss varies less from step to
+    step (the low-discrepancy sampler of Kingma et al. 2021). The slices' order is random, so
+    that of the timesteps need not be.
     """
     places = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
     return (places * total).long().clamp(max=total - 1)
@@ -312,15 +318,10 @@ class Run:
         done = self.step / self.config.steps
         return self.config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * done))
 
-    def autocast(self) -> torch.autocast:
-        """Low precision for the network alone."""
-        return torch.autocast(self.device.type, self.dtype,
-                              enabled=self.dtype != torch.float32)
-
     def loss(self, micro_step: int) -> Tensor:
         """Mean squared error of one micro-batch (Ho et al., algorithm 1), a float32 scalar.
 
-        Slices, flips, timesteps, noise and dropout depend on (seed, micro_step, rank) alone.
+        Slices, flips, timesteps, noise and dropout depend on (seed, micro_step) alone.
         """
         config = self.config
         train, count = self.data["train"], config.batch_size // config.accumulate
@@ -334,9 +335,7 @@ class Run:
         noise = torch.randn_like(images)
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         target = self.scheduler.training_target(images, noise, timesteps)
-        with self.autocast():
-            output = self.forward(noisy.contiguous(memory_format=torch.channels_last), timesteps)
-        return F.mse_loss(output.float(), target)
+        return F.mse_loss(run_net(self.forward, noisy, timesteps, self.dtype), target)
 
     def train_step(self) -> Tensor:
         """One optimiser step; returns the gradient norm before clipping, left on the device."""
@@ -360,37 +359,34 @@ class Run:
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss of the averaged net on a split: the mean, and by quartile of the timestep.
 
-        Every slice has its own fixed noise and one of the timesteps, which are spread evenly
-        over [0, T), so that two evaluations differ by the weights alone.
+        Every slice has its own fixed noise and timestep (several, if there are few slices), and
+        the timesteps are spread evenly over [0, T): two evaluations differ by the weights alone.
         """
         data, total = self.data[split], self.scheduler.config.num_train_timesteps
-        order = np.random.default_rng(0).permutation(len(data))
-        timesteps = torch.from_numpy(((order + 0.5) / len(data) * total).astype(np.int64))
+        count = len(data) * -(-64 // len(data))
+        order = np.random.default_rng(0).permutation(count)
+        timesteps = torch.from_numpy(((order + 0.5) / count * total).astype(np.int64))
         losses = []
-        for indices in np.array_split(np.arange(len(data)), -(-len(data) // 32)):
-            images = data[indices]
+        for indices in np.array_split(np.arange(count), -(-count // 32)):
+            images, steps = data[indices % len(data)], timesteps[indices].to(self.device)
             noise = seeded_noise([EVAL_SEED + i for i in indices.tolist()], images.shape[1:])()
-            noise, steps = noise.to(self.device), timesteps[indices].to(self.device)
+            noise = noise.to(self.device)
             noisy = self.scheduler.add_noise(images, noise, steps)
-            with self.autocast():
-                output = self.ema.net(noisy.contiguous(memory_format=torch.channels_last), steps)
-            target = self.scheduler.training_target(images, noise, steps)
-            losses.append(((output.float() - target) ** 2).mean(dim=(1, 2, 3)))
-        losses = torch.cat(losses).double().cpu()
+            error = (run_net(self.ema.net, noisy, steps, self.dtype)
+                     - self.scheduler.training_target(images, noise, steps))
+            losses.append((error**2).mean(dim=(1, 2, 3)))
+        losses = torch.cat(losses).cpu().double()
         quartile = timesteps * 4 // total
         parts = {q: losses[quartile == i].mean().item() for i, q in enumerate(QUARTILES)}
         return {"loss": losses.mean().item(), **parts}
 
     def sample(self, num: int = 16, num_inference_steps: int = 50) -> Tensor:
         """Slices of the averaged net from the seeds 0 to num - 1, the same at every call."""
-        def net(x: Tensor, t: Tensor) -> Tensor:
-            with self.autocast():
-                return self.ema.net(x.contiguous(memory_format=torch.channels_last), t)
-
         config = self.net.config
         noise = seeded_noise(list(range(num)), (config.in_channels, *config.sample_size))
         steps = min(num_inference_steps, self.scheduler.config.num_train_timesteps)
-        *_, images = reverse_process(net, self.scheduler, noise, steps, device=self.device)
+        *_, images = reverse_process(self.ema.net, self.scheduler, noise, steps,
+                                     device=self.device, dtype=self.dtype)
         return images
 
     # Saving and loading ------------------------------------------------------------------
@@ -405,7 +401,8 @@ class Run:
 
     def save(self) -> None:
         """Writes checkpoint.pt, whole or not at all."""
-        content = to_cpu_bytes({
+        buffer = io.BytesIO()
+        torch.save(to_cpu({
             "format": FORMAT, **self.configs(),
             "net": self.net.state_dict(), "ema": self.ema.net.state_dict(),
             "ema_updates": self.ema.num_updates, "optimizer": self.optimizer.state_dict(),
@@ -413,19 +410,25 @@ class Run:
             "loss_sum": self.loss_sum, "loss_count": self.loss_count,
             "normalisation": "uint8 / 127.5 - 1",
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-        })
-        write_atomic(self.checkpoint, lambda file: file.write(content))
+        }), buffer)
+        write_atomic(self.checkpoint, lambda file: file.write(buffer.getbuffer()))
 
     def resume(self) -> None:
-        """Takes up the run in its folder. Raises UserError if that is another configuration."""
+        """Takes up the run in its folder.
+
+        Raises UserError if that is another configuration, further than `steps`, or damaged.
+        """
         content = read_checkpoint(self.checkpoint)
-        mine, other = self.configs(), {key: content[key] for key in self.configs()}
-        changed = [f"{part}.{key} = {other[part].get(key)!r}, now {value!r}"
+        mine = self.configs()
+        changed = [f"{part}.{key} = {content[part].get(key)!r}, now {value!r}"
                    for part, values in mine.items() for key, value in values.items()
-                   if other[part].get(key) != value and key != "steps"]
+                   if content[part].get(key) != value and key not in ("steps", "data")]
         if changed:
             raise UserError(f"{self.folder}: holds another run ({'; '.join(changed)}); give those "
                             "values again, or another --run")
+        if content["step"] > self.config.steps:
+            raise UserError(f"--steps {self.config.steps}: {self.folder} is at step "
+                            f"{content['step']} already; give more, or another --run")
         self.net.load_state_dict(content["net"])
         self.ema.net.load_state_dict(content["ema"])
         self.ema.num_updates = content["ema_updates"]
@@ -446,7 +449,10 @@ class Run:
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of a run's metrics.csv; none if there is no such file."""
     path = folder / "metrics.csv"
-    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_metrics(folder: Path, rows: list[dict]) -> None:
@@ -500,17 +506,22 @@ def memory_gib(device: torch.device) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
-class StopSignal:
+class StopSignal(contextlib.AbstractContextManager):
     """Turns the first SIGINT, SIGTERM or SIGUSR1 into a wish to stop; a second SIGINT stops."""
 
-    def __init__(self):
+    def __enter__(self):
         self.name = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._catch)
+        self.before = {number: signal.signal(number, self._catch) for number in
+                       (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
 
     def _catch(self, number: int, frame) -> None:
         self.name = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Log:
@@ -525,15 +536,28 @@ class Log:
     def due(self) -> bool:
         return self.run.step % self.every == 0 or self.run.step == self.run.config.steps
 
+    def pause(self) -> None:
+        """Ends a stretch of training, whose time counts as the run's."""
+        self.run.loss_sum.item()  # waits for the device
+        self.stretch = time.monotonic() - self.since
+        self.run.seconds += self.stretch
+
+    def restart(self) -> None:
+        """Begins one, after what else was to be done, such as validation."""
+        self.since, self.at_step = time.monotonic(), self.run.step
+
+    def check(self, norm: Tensor) -> None:
+        """Raises UserError if loss or gradient are no longer finite, before that is saved."""
+        if not torch.isfinite(self.run.loss_sum) or not torch.isfinite(norm):
+            raise UserError(f"step {self.run.step}: the loss or its gradient is not finite (norm "
+                            f"{norm.item():.3g}); start again with a smaller --learning-rate or "
+                            "with --dtype float32, in another --run")
+
     def write(self, norm: Tensor, validation: dict[str, float] | None) -> None:
-        """Closes the interval. Raises UserError if the loss is no longer finite."""
-        run, now = self.run, time.monotonic()
-        loss = run.loss_sum.item() / max(1, run.loss_count)
-        if not math.isfinite(loss):
-            raise UserError(f"step {run.step}: the loss is not finite (gradient norm "
-                            f"{norm.item():.3g}); continue from {run.checkpoint} with a smaller "
-                            "--learning-rate or --dtype float32 in another --run")
-        speed = (run.step - self.at_step) * run.config.batch_size / max(1e-9, now - self.since)
+        """Closes the interval."""
+        run = self.run
+        loss = run.loss_sum.item() / run.loss_count
+        speed = (run.step - self.at_step) * run.config.batch_size / max(1e-9, self.stretch)
         row = {"step": run.step, "loss": f"{loss:.6g}",
                "learning_rate": f"{run.optimizer.param_groups[0]['lr']:.6g}",
                "gradient_norm": f"{norm.item():.6g}", "images_per_second": f"{speed:.4g}",
@@ -560,37 +584,35 @@ class Log:
               f"{speed:.3g} images/s  {row['memory_gib']} GiB  "
               f"{left / 60:.0f} min left", flush=True)
 
-    def restart(self) -> None:
-        """Leaves what was done since the last line, such as validation, out of the speed."""
-        self.since, self.at_step = time.monotonic(), self.run.step
-
 
 def train(run: Run, log_every: int, save_every: int) -> bool:
     """The loop. Returns whether the run is finished; else a signal has stopped it, and it is
-    saved."""
-    stop, log = StopSignal(), Log(run, log_every)
-    while run.step < run.config.steps and stop.name is None:
-        start = time.monotonic()
-        norm = run.train_step()
-        log.bar.update()
-        finished = run.step == run.config.steps
-        run.seconds += time.monotonic() - start
-        if not log.due() and not (run.step % save_every == 0):
-            continue
-        if run.step % save_every == 0 or finished:
-            log.write(norm, run.evaluate("validate") if "validate" in run.data else None)
+    saved. Raises UserError as soon as the loss is seen not to be finite."""
+    log, norm = Log(run, log_every), None
+    with StopSignal() as stop:
+        while run.step < run.config.steps and stop.name is None:
+            norm = run.train_step()
+            log.bar.update()
+            save = run.step % save_every == 0 or run.step == run.config.steps
+            if not (save or log.due()):
+                continue
+            log.pause()
+            log.check(norm)
+            log.write(norm, run.evaluate("validate") if save and "validate" in run.data else None)
+            if save:  # pictures first: once the checkpoint stands, they are not drawn again
+                save_grid(run.sample(), run.folder / "samples" / f"step_{run.step:07d}.png", 4)
+                draw_losses(run.folder, run.rows)
+                run.save()
+            log.restart()
+        if run.step < run.config.steps and norm is not None:
+            log.pause()
+            log.check(norm)
             run.save()
-            save_grid(run.sample(), run.folder / "samples" / f"step_{run.step:07d}.png", 4)
-            draw_losses(run.folder, run.rows)
-        else:
-            log.write(norm, None)
-        log.restart()
     log.bar.close()
-    if stop.name is not None:
-        run.save()
+    if run.step < run.config.steps:
         print(f"stopped by {stop.name} after step {run.step}; the same command continues",
               flush=True)
-    return run.step >= run.config.steps
+    return run.step == run.config.steps
 
 
 def finish(run: Run) -> None:
@@ -603,32 +625,64 @@ def finish(run: Run) -> None:
         if split in run.data:
             results[split] = run.evaluate(split)
             print(f"{split} loss {results[split]['loss']:.5f}")
-    write_json(run.folder / "results.json", results)
     run.export()
+    write_json(run.folder / "results.json", results)
 
 
-def main() -> None:
-    args = parse_args()
+def finished(run: Run) -> bool:
+    """Whether the run's results, for these steps, are written already."""
+    try:
+        return json.loads((run.folder / "results.json").read_text())["steps"] == run.config.steps
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """The run that the options mean, at the step where its folder stands.
+
+    Raises UserError for options, data or a folder that do not do, before anything is written.
+    """
     try:
         device = choose_device(args.device)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
+    if args.compile and device.type == "cpu" and not (shutil.which("g++") or shutil.which("c++")):
+        raise UserError("--compile: no C++ compiler (g++) here; install one, or leave it out")
     size = None if args.image_size == "native" else args.image_size
+    if size is not None:
+        make_configs(args, (size, size), device, 0)  # refuses before hours of decoding
     loaded = load_splits(args.data, size, args.cache)
-    data = {split: Slices(*loaded[split], device) for split in loaded}
-    configs = make_configs(args, data["train"].images.shape[1:], device)
+    images, count = loaded["train"][0], len(loaded["train"][0])
+    configs = make_configs(args, images.shape[1:], device, zlib.crc32(images))
+    if count < args.batch_size:
+        raise UserError(f"--batch-size {args.batch_size} is more than the {count} slices in "
+                        "train; give less")
     folder = args.run or Path("runs") / f"{configs[2].data}-{args.preset}"
-    if len(data["train"]) < args.batch_size:
-        raise UserError(f"--batch-size {args.batch_size} is more than the {len(data['train'])} "
-                        "slices in train; give less")
+    data = {split: Slices(*loaded[split], device) for split in loaded}
     run = Run(folder, *configs, data, device, args.compile)
     if run.checkpoint.exists():
-        run.resume()
-    write_json(folder / "config.json", run.configs())
-    print(f"{folder}: step {run.step} of {run.config.steps}, {len(data['train'])} slices of "
+        try:
+            run.resume()
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}: its checkpoint.pt or metrics.csv is damaged "
+                            f"({str(error).splitlines()[0]}); give another --run") from None
+    return run
+
+
+def main() -> None:
+    args = parse_args()
+    run = prepare(args)
+    folder = run.folder
+    print(f"{folder}: step {run.step} of {run.config.steps}, {len(run.data['train'])} slices of "
           f"{'x'.join(map(str, run.net.config.sample_size))}, "
           f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.1f} M parameters, "
-          f"{run.config.dtype} on {device}", flush=True)
+          f"{run.config.dtype} on {run.device}", flush=True)
+    if run.step == run.config.steps and finished(run):
+        print("finished before; give more --steps to go on")
+        return
+    write_json(folder / "config.json", run.configs())
+    for left_over in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        left_over.unlink(missing_ok=True)
     if not train(run, args.log_every, args.save_every):
         return
     finish(run)

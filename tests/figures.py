@@ -132,7 +132,8 @@ def draw_comparison(generated: torch.Tensor, data: Path) -> None:
         pixels = pixels.float()
         corners = torch.cat([pixels[..., :6, :6], pixels[..., :6, -6:], pixels[..., -6:, :6],
                              pixels[..., -6:, -6:]])
-        print(f"{name:15s} mean {pixels.mean():.1f}  share under 8 {(pixels < 8).float().mean():.3f}"
+        black = (pixels < 8).float().mean()
+        print(f"{name:15s} mean {pixels.mean():.1f}  share under 8 {black:.3f}"
               f"  corners: mean {corners.mean():.2f}, largest {corners.max():.0f}"
               f"  spread of slice means {pixels.mean(dim=(1, 2, 3)).std():.1f}")
 

@@ -87,6 +87,13 @@ def test_gray_in_other_modes(tmp_path, mode):
     assert (decode(tmp_path / "a.png", None) == array).all()
 
 
+def test_transparent_is_black(tmp_path):
+    pixels = np.full((4, 4, 4), 255, np.uint8)
+    pixels[:2, :, 3] = 0
+    image = decode(write(tmp_path / "a.png", pixels), None)
+    assert (image[:2] == 0).all() and (image[2:] == 255).all()
+
+
 def test_range_and_shape_of_batches():
     images = np.array([0, 127, 128, 255], np.uint8).reshape(4, 1, 1).repeat(6, 1).repeat(5, 2)
     batch = Slices(images, list("abcd"), CPU)[np.array([3, 0, 1])]
@@ -139,9 +146,21 @@ def test_flat_folder_is_split_by_person(tmp_path):
 
 @pytest.mark.parametrize("name, person", [
     ("case_001_slice_0.nii.png", "case_001"), ("OAS1_0061_MR2_90.png", "OAS1_0061"),
-    ("sub-07_T1w_80.tif", "sub-07"), ("brain7.png", "brain7")])
+    ("sub-07_T1w_80.tif", "sub-07"), ("brain7.png", None)])
 def test_person_of(tmp_path, name, person):
     assert person_of(tmp_path / name) == person
+
+
+def test_names_without_a_person(tmp_path, capsys):
+    """Plain numbers start anew in every split, and are nobody; in one folder, that is a risk."""
+    for folder in (tmp_path / "a" / "train", tmp_path / "a" / "test", tmp_path / "b"):
+        for number in range(4):
+            write(folder / f"{number:04d}.png", ramp())
+    assert len(find_slices(tmp_path / "a")["test"]) == 4
+    assert not capsys.readouterr().err
+    found = find_slices(tmp_path / "b")
+    assert sum(len(files) for files in found.values()) == 4
+    assert "warning: 4 names, such as 0000.png, tell no person" in capsys.readouterr().err
 
 
 def test_a_person_in_two_splits_is_refused(tmp_path):
@@ -259,9 +278,36 @@ def test_native_needs_one_size(tmp_path):
         load_images(files, None)
 
 
-def test_float_pixels_are_refused(tmp_path):
-    with pytest.raises(UserError, match="floating-point"):
-        decode(write(tmp_path / "a.tif", np.ones((4, 4), np.float32)), None)
+def test_pixels_of_other_depths_are_refused(tmp_path):
+    for pixels in (np.ones((4, 4), np.float32), np.full((4, 4), -5, np.int32),
+                   np.full((4, 4), 70_000, np.int32)):
+        with pytest.raises(UserError, match="a.tif: cannot be read .*neither 8 nor 16 bits"):
+            decode(write(tmp_path / "a.tif", pixels), None)
+
+
+def test_links_to_nowhere_and_pipes_are_named(tmp_path):
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("link.png", "pipe.png"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
+            load_images([tmp_path / name], 16)
+
+
+def test_an_endless_side_is_refused_before_it_is_padded(tmp_path):
+    with pytest.raises(UserError, match="side of 9000 pixels"):
+        decode(write(tmp_path / "a.png", np.zeros((1, 9000), np.uint8)), 16)
+
+
+def test_splits_of_two_native_sizes_are_refused(tmp_path):
+    write(tmp_path / "train" / "case_001_slice_0.png", ramp())
+    write(tmp_path / "validate" / "case_002_slice_0.png", ramp(24, 12))
+    with pytest.raises(UserError, match="train 20x12, validate 24x12.*--image-size"):
+        load_splits(tmp_path, None)
+
+
+def test_dark_sixteen_bit_slices_are_pointed_out(tmp_path, capsys):
+    load_images([write(tmp_path / "a.png", (ramp(dtype=np.uint16) // 16))], 16)
+    assert "12-bit" in capsys.readouterr().err
 
 
 # Batches ---------------------------------------------------------------------------------------

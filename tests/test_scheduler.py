@@ -24,7 +24,7 @@ def theirs(cls, config: SchedulerConfig, num_inference_steps: int):
     values = asdict(config)
     if cls is DDIMScheduler:
         values.pop("variance_type")
-    scheduler = cls(**values, timestep_spacing="trailing")
+    scheduler = cls(**values)
     scheduler.set_timesteps(num_inference_steps)
     ours = NoiseScheduler(config)
     scheduler.betas, scheduler.alphas = ours.betas, 1 - ours.betas

@@ -1,9 +1,11 @@
 """The scripts as a person calls them: exit codes, one clear line, and the files that appear."""
 
 import importlib
+import re
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from conftest import ROOT
 from PIL import Image
 
 import dataset
+import train
+from train import PRESETS
 
 SMALL = ["--image-size", "16", "--block-out-channels", "32", "32", "--batch-size", "4",
          "--device", "cpu", "--dtype", "float32"]
@@ -107,7 +111,7 @@ def test_train_names_bad_slices(data, tmp_path, refused):
     (["--checkpoint", "latest"], ["latest", "train"]),
     (["--steps", "2000"], ["--steps 2000", "1000"]),
     (["--eta", "2"], ["--eta 2"]),
-    (["--seed", "-1"], ["--seed", "'-1'"]),
+    (["--seed=-1"], ["--seed", "'-1'"]),
     (["--sampler", "magic"], ["--sampler", "magic"]),
     (["--device", "abacus"], ["--device", "abacus"]),
     (["--out", "text.pt", "--num", "1", "--steps", "1", "--batch-size", "1"],
@@ -133,24 +137,62 @@ def test_sigterm_saves_and_the_same_command_continues(data, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--data", data, "--run", "r", *SMALL,
                "--steps", "100000", "--log-every", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    alarm = threading.Timer(120, process.kill)
+    alarm.start()
     for line in process.stdout:
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGTERM)
             break
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate()
+    alarm.cancel()
     assert process.returncode == 0 and "stopped by SIGTERM" in rest
     step = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"]
     rows = (tmp_path / "r" / "metrics.csv").read_text().splitlines()
     assert step >= 3 and len(rows) == step + 1
 
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    alarm = threading.Timer(120, process.kill)
+    alarm.start()
     lines = [next(process.stdout), next(process.stdout)]
     process.kill()
     process.communicate()
+    alarm.cancel()
     assert f"step {step} of" in lines[0] and lines[1].startswith(f"step {step + 1}/")
 
 
-@pytest.mark.parametrize("script", ["train.py", "predict.py", "dataset.py"])
-def test_help_gives_every_default(script, tmp_path):
-    result = call(script, "--help", cwd=tmp_path)
-    assert result.returncode == 0 and "usage" in result.stdout
+@pytest.mark.parametrize("script, command", [("train.py", []), ("predict.py", []),
+                                             ("dataset.py", ["inspect"])])
+def test_help_explains_every_option_and_its_default(script, command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, *command, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script.removesuffix(".py")).main()
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    body = text[text.index("options:"):].split("presets")[0]
+    for option in re.split(r"\n  (?=-)", body)[2:]:  # past the heading and --help itself
+        words = " ".join(option.split())
+        from_preset = words.split()[0].lstrip("-").replace("-", "_") in PRESETS["64"]
+        assert "(default: " in words or from_preset, words
+
+
+def test_a_finished_run_is_not_tested_twice(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(data), "--run", "r", *SMALL,
+                                      "--steps", "2"])
+    train.main()
+    (tmp_path / "r" / ".checkpoint.pt.1.tmp").touch()
+    results = (tmp_path / "r" / "results.json").stat().st_mtime_ns
+    train.main()
+    assert "finished before" in capsys.readouterr().out
+    assert (tmp_path / "r" / "results.json").stat().st_mtime_ns == results
+    sys.argv[-1] = "3"
+    train.main()
+    assert "step 2 of 3" in capsys.readouterr().out
+    assert not list((tmp_path / "r").glob(".*.tmp"))
+
+
+def test_out_of_memory_is_one_line(data, tmp_path, refused, monkeypatch):
+    def greedy(self):
+        torch.empty(2**60)
+    monkeypatch.setattr(train.Run, "train_step", greedy)
+    refused("train.py", ["--data", data, "--run", "r", *SMALL], "out of memory", "--batch-size")
