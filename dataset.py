@@ -95,22 +95,22 @@ def write_atomic(path: Path, write: Callable) -> None:
 
 
 class _PlainLines:
-    """Turns a bar's carriage returns into lines, for logs."""
+    """Turns a bar's carriage returns into lines of a log; stderr is kept for errors."""
 
     def write(self, text: str) -> None:
         if text.strip():
-            sys.stderr.write(text.strip() + "\n")
+            print(text.strip(), flush=True)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        pass
 
 
-def progress_bar(total: int, desc: str, unit: str, initial: int = 0) -> tqdm:
-    """A tqdm bar on a terminal; a plain line every 30 seconds in a log."""
+def progress_bar(total: int, desc: str, unit: str) -> tqdm:
+    """A tqdm bar on a terminal; in a log, a plain line every 30 seconds once it takes over 5."""
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True)
-    return tqdm(total=total, desc=desc, unit=unit, initial=initial, file=_PlainLines(),
-                mininterval=30, maxinterval=30, ascii=True,
+        return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
+    return tqdm(total=total, desc=desc, unit=unit, file=_PlainLines(), delay=5, mininterval=30,
+                maxinterval=30,
                 bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]")
 
 

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -97,81 +98,6 @@ PRESETS = {
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, with the preset's values where none are given."""
-    parser = Parser(
-        description="Trains a denoising diffusion model of brain MRI slices.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="presets (the defaults of the options that name none):\n" + "\n".join(
-            f"  {name:6s}" + ", ".join(f"{k} {v}" for k, v in preset.items())
-            for name, preset in PRESETS.items()))
-
-    def group(title: str):
-        add = parser.add_argument_group(title).add_argument
-        return lambda flag, help, default=None, **more: add(
-            flag, default=default, **more,
-            help=help + ("" if default is None or default is False else f" (default: {default})"))
-
-    add = group("data and run")
-    add("--data", "folder of slices (default: built-in phantoms)", type=Path, metavar="ROOT")
-    add("--run", "run folder (default: runs/DATA-PRESET)", type=Path, metavar="DIR")
-    add("--preset", "net and hyperparameters, below (default: 64 with --data, else quick)",
-        choices=PRESETS)
-    add("--image-size", "side in pixels after square padding, or 'native' for the slices' own "
-        "size", type=image_size, metavar="S")
-    add("--cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", type=Path,
-        metavar="DIR")
-    add("--flip", "flip slices left to right at random (default: off; anatomy is not symmetric)",
-        False, action="store_true")
-    add("--seed", "seed of weights, order, timesteps and noise", 0, type=seed_number, metavar="K")
-
-    add = group("optimisation")
-    add("--steps", "optimiser steps in all", type=positive_int, metavar="N")
-    add("--batch-size", "slices per step", type=positive_int, metavar="B")
-    add("--accumulate", "micro-batches that a step is worked off in, to save memory", 1,
-        type=positive_int, metavar="A")
-    add("--learning-rate", "AdamW's peak learning rate", type=positive_float, metavar="R")
-    add("--warmup-steps", "steps of linear warm-up", 200, type=natural, metavar="N")
-    add("--lr-schedule", "after the warm-up: down to zero at the last step, or constant",
-        "cosine", choices=("cosine", "constant"))
-    add("--weight-decay", "AdamW's weight decay, per step and unit of learning rate", 0.0,
-        type=fraction, metavar="W")
-    add("--grad-clip", "largest gradient norm", 1.0, type=positive_float, metavar="G")
-    add("--ema-decay", "decay per step of the averaged weights, reached by a ramp", 0.9999,
-        type=fraction, metavar="D")
-
-    add = group("diffusion and net")
-    add("--schedule", "noise schedule", "cosine", choices=SCHEDULES)
-    add("--prediction-type", "what the net predicts", "v_prediction",
-        choices=("epsilon", "v_prediction", "sample"))
-    add("--num-train-timesteps", "noise levels", 1000, type=positive_int, metavar="T")
-    add("--block-out-channels", "channels of each level, multiples of 32", type=positive_int,
-        nargs="+", metavar="C")
-    add("--layers-per-block", "residual blocks per level", type=positive_int, metavar="L")
-    add("--attention-up-to", "self-attention on levels whose feature map is S pixels or less",
-        type=natural, metavar="S")
-    add("--dropout", "dropout probability in the residual blocks", type=fraction, metavar="P")
-    add("--patch-size", "side in pixels of the blocks folded into channels", 2, type=positive_int,
-        metavar="P")
-
-    add = group("machine")
-    add("--device", "cuda, cuda:1, mps or cpu; auto is the fastest here", "auto", metavar="D")
-    add("--dtype", "type the network computes in (auto: bfloat16 where the hardware has it)",
-        "auto", choices=("auto", "float32", "bfloat16"))
-    add("--compile", "torch.compile the network (default: off; needs a C++ compiler, and one to "
-        "two minutes at start)", False, action="store_true")
-    add("--log-every", "steps between lines of metrics.csv", 50, type=positive_int, metavar="N")
-    add("--save-every", "steps between validation, samples and checkpoint", type=positive_int,
-        metavar="N")
-
-    args = parser.parse_args(argv)
-    args.preset = args.preset or ("64" if args.data else "quick")
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
-
-
 def number(kind: Callable, fits: Callable, wanted: str) -> Callable:
     """An argparse type: a number of a kind, with a check and its words for the error line."""
     def parse(text: str):
@@ -192,6 +118,86 @@ positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
 image_size = number(lambda text: text if text == "native" else int(text),
                     lambda v: v == "native" or v >= 1, "a number of pixels, nor native")
 fraction = number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
+
+
+# Every option: name, what it means with its unit, default (None: the preset's), and its type.
+OPTIONS = {
+    "data and run": [
+        ("data", "folder of slices (default: built-in phantoms)", None, Path, "ROOT"),
+        ("run", "run folder (default: runs/DATA-PRESET)", None, Path, "DIR"),
+        ("preset", "net and hyperparameters, below (default: 64 with --data, else quick)", None,
+         tuple(PRESETS), None),
+        ("image-size", "side in pixels after square padding, or 'native' for the slices' own size",
+         None, image_size, "S"),
+        ("cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", None, Path,
+         "DIR"),
+        ("flip", "flip slices left to right at random (default: off; anatomy is not symmetric)",
+         False, bool, None),
+        ("seed", "seed of weights, order, timesteps and noise", 0, seed_number, "K"),
+    ],
+    "optimisation": [
+        ("steps", "optimiser steps in all", None, positive_int, "N"),
+        ("batch-size", "slices per step", None, positive_int, "B"),
+        ("accumulate", "micro-batches that a step is worked off in, to save memory", 1,
+         positive_int, "A"),
+        ("learning-rate", "AdamW's peak learning rate", None, positive_float, "R"),
+        ("warmup-steps", "steps of linear warm-up", 200, natural, "N"),
+        ("lr-schedule", "after the warm-up: down to zero at the last step, or constant", "cosine",
+         ("cosine", "constant"), None),
+        ("weight-decay", "AdamW's weight decay, per step and unit of learning rate", 0.0, fraction,
+         "W"),
+        ("grad-clip", "largest gradient norm", 1.0, positive_float, "G"),
+        ("ema-decay", "decay per step of the averaged weights, reached by a ramp", 0.9999, fraction,
+         "D"),
+    ],
+    "diffusion and net": [
+        ("schedule", "noise schedule", "cosine", SCHEDULES, None),
+        ("prediction-type", "what the net predicts", "v_prediction",
+         ("epsilon", "v_prediction", "sample"), None),
+        ("num-train-timesteps", "noise levels", 1000, positive_int, "T"),
+        ("block-out-channels", "channels of each level, multiples of 32", None, positive_int, "C"),
+        ("layers-per-block", "residual blocks per level", None, positive_int, "L"),
+        ("attention-up-to", "self-attention on levels whose feature map is S pixels or less", None,
+         natural, "S"),
+        ("dropout", "dropout probability in the residual blocks", None, fraction, "P"),
+        ("patch-size", "side in pixels of the blocks folded into channels", 2, positive_int, "P"),
+    ],
+    "machine": [
+        ("device", "cuda, cuda:1, mps or cpu; auto is the fastest here", "auto", str, "D"),
+        ("dtype", "type the network computes in; auto is bfloat16 where the hardware has it",
+         "auto", ("auto", "float32", "bfloat16"), None),
+        ("compile", "torch.compile the network (default: off; needs a C++ compiler, and one to two "
+         "minutes at start)", False, bool, None),
+        ("log-every", "steps between lines of metrics.csv", 50, positive_int, "N"),
+        ("save-every", "steps between validation, samples and checkpoint", None, positive_int, "N"),
+    ],
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, with the preset's values where none are given."""
+    parser = Parser(
+        description="Trains a denoising diffusion model of brain MRI slices.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="presets (the defaults of the options that name none):\n" + "\n".join(
+            f"  {name:6s}" + ", ".join(f"{k} {v}" for k, v in preset.items())
+            for name, preset in PRESETS.items()))
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, text, default, kind, metavar in options:
+            if default is not None and default is not False:
+                text += f" (default: {default})"
+            more = dict(action="store_true") if kind is bool else \
+                dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind, metavar=metavar)
+            if name == "block-out-channels":
+                more["nargs"] = "+"
+            group.add_argument(f"--{name}", help=text, default=default, **more)
+    args = parser.parse_args(argv)
+    args.preset = args.preset or ("64" if args.data else "quick")
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.device,
@@ -235,7 +241,8 @@ def read_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about foreign files
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file can make the reader raise anything
         raise UserError(f"{path}: is damaged, or no checkpoint of train.py; give another "
                         "one") from None
