@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from dataset import (Parser, Slices, load_splits, person_of, phantom_slices, run_cli,  # noqa: E402
                      save_grid, to_uint8)
 from modules import UNet, UNetConfig, choose_dtype  # noqa: E402
-from predict import SHIPPED, load_model, sample_batch  # noqa: E402
+from predict import SHIPPED, STRIP_LENGTH, load_model, sample_batch  # noqa: E402
 
 IMAGES = ROOT / "images"
 CPU = torch.device("cpu")
@@ -138,6 +139,19 @@ def draw_comparison(generated: torch.Tensor, data: Path) -> None:
               f"  spread of slice means {pixels.mean(dim=(1, 2, 3)).std():.1f}")
 
 
+def draw_progress(run: Path, size: tuple[int, int], steps=(750, 1500, 3000, 5250, 7500)) -> None:
+    """The first four samples of a run at some of its saves, one save a row."""
+    height, width = size[0] + 1, 4 * (size[1] + 1) + 1
+    rows = [np.asarray(Image.open(run / "samples" / f"step_{step:07d}.png"))[:height, :width]
+            for step in steps]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(5.2, 6.6), layout="constrained")
+    for panel, row, step in zip(axes, rows, steps):
+        panel.imshow(row, cmap="gray", vmin=0, vmax=255)
+        panel.set_axis_off()
+        panel.set_title(f"step {step:,}", fontsize=9, loc="left")
+    figure.savefig(IMAGES / "progress.png", dpi=110)
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of real slices (default: none)")
@@ -154,11 +168,15 @@ def main() -> None:
                                    choose_dtype("auto", CPU)))
         generated.append(states[-1])
         if first == 0:
-            draw_process(model, torch.cat([state[:1] for state in states]))
+            first_states = torch.cat([state[:1] for state in states])
+            draw_process(model, first_states)
+            shown = torch.linspace(0, 50, STRIP_LENGTH).round().long()
+            save_grid(first_states[shown], IMAGES / "reverse.png", columns=STRIP_LENGTH)
     if args.data:
         draw_comparison(torch.cat(generated), args.data)
     if args.run:
         shutil.copy(args.run / "loss.png", IMAGES / "loss.png")
+        draw_progress(args.run, model.net.config.sample_size)
 
 
 if __name__ == "__main__":
