@@ -66,7 +66,7 @@ def test_the_shipped_model_draws_brains(shipped, tmp_path):
     """Against real slices' statistics (the data's README), not against earlier output."""
     pictures = np.stack(list(draw(shipped, tmp_path, list(range(8)), 8, 25).values()))
     corners = np.concatenate([pictures[:, :6, :6], pictures[:, -6:, -6:]])
-    assert corners.mean() < 1  # real: 0
+    assert corners.mean() < 2 and corners.max() < 16  # real: 0
     assert 45 < pictures.mean() < 78  # real: 61
     assert 0.45 < (pictures < 8).mean() < 0.68  # real: 0.57
     centre, flipped = pictures[:, 16:48, 16:48], pictures[:, 16:48, 16:48][:, :, ::-1]
