@@ -393,7 +393,7 @@ def draw_phantom(image_size: int, person: int, position: float, seed: int = 0) -
     radius = np.hypot(x / (width * shrink), y / (length * shrink)) / lobes  # 1 on the surface
 
     # Sulci are the zero lines of smooth noise: they meander, branch and end as real ones do.
-    folds = _smooth_noise(rng, 16, size) + (position - 0.5) * _smooth_noise(rng, 16, size)
+    folds = _smooth_noise(rng, 12, size) + (position - 0.5) * _smooth_noise(rng, 12, size)
     depth = np.clip((radius - 0.45) / 0.4, 0, 1)
     ribbon = np.abs(folds) / (0.05 + 0.95 * depth)
     white, grey, fluid = 0.80, 0.55, 0.12
