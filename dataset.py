@@ -63,7 +63,8 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except (UserError, MemoryError, RuntimeError) as error:
         # A CPU's allocator raises a plain RuntimeError, told by its text alone.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search(
+                "out of memory|allocate memory|not enough memory", str(error)):
             raise
         text = str(error) if isinstance(error, UserError) else (
             "out of memory; give a smaller --batch-size, --image-size or --num")

@@ -191,6 +191,13 @@ def test_a_finished_run_is_not_tested_twice(data, tmp_path, monkeypatch, capsys)
     assert not list((tmp_path / "r").glob(".*.tmp"))
 
 
+def test_a_bug_is_not_called_out_of_memory():
+    def broken():
+        raise RuntimeError("unsupported memory format option")
+    with pytest.raises(RuntimeError, match="memory format"):
+        dataset.run_cli(broken)
+
+
 def test_out_of_memory_is_one_line(data, tmp_path, refused, monkeypatch):
     def greedy(self):
         torch.empty(2**60)
