@@ -21,7 +21,7 @@ from torch import Tensor
 from dataset import (Parser, UserError, progress_bar, run_cli, save_grid, save_png, to_uint8,
                      write_atomic)
 from modules import (SAMPLERS, NoiseScheduler, SchedulerConfig, UNet, UNetConfig, choose_device,
-                     choose_dtype, reverse_process, seeded_noise)
+                     choose_dtype, keep_freed_memory, reverse_process, seeded_noise)
 from train import EVAL_SEED, FORMAT, positive_int, read_checkpoint, seed_number
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "oasis-64.safetensors"
@@ -180,6 +180,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    keep_freed_memory()
     try:
         device = choose_device(args.device)
     except ValueError as error:

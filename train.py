@@ -38,8 +38,8 @@ from tqdm import tqdm
 from dataset import (Parser, Slices, UserError, batch_indices, load_splits, run_cli, save_grid,
                      write_atomic)
 from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
-                     choose_device, choose_dtype, make_scheduler_config, reverse_process, run_net,
-                     seeded_noise)
+                     choose_device, choose_dtype, keep_freed_memory, make_scheduler_config,
+                     reverse_process, run_net, seeded_noise)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
@@ -678,6 +678,7 @@ def prepare(args: argparse.Namespace) -> Run:
 
 def main() -> None:
     args = parse_args()
+    keep_freed_memory()
     run = prepare(args)
     folder = run.folder
     print(f"{folder}: step {run.step} of {run.config.steps}, {len(run.data['train'])} slices of "

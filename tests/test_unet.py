@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 
-from modules import EMA, UNet, UNetConfig
+from modules import EMA, GroupNorm, UNet, UNetConfig, attend
+from references import diffusers_net
 
 CONFIGS = {
     "attention": UNetConfig(sample_size=(32, 32), block_out_channels=(32, 64, 64),
@@ -24,18 +24,6 @@ CONFIGS = {
     "patches": UNetConfig(sample_size=(32, 48), block_out_channels=(32, 64),
                           attention_resolutions=(8,), patch_size=2),
 }
-
-
-def diffusers_net(config: UNetConfig) -> UNet2DModel:
-    attention = [side in config.attention_resolutions for side in config.resolutions]
-    return UNet2DModel(
-        sample_size=config.sample_size, in_channels=config.in_channels * config.patch_size**2,
-        out_channels=config.out_channels * config.patch_size**2,
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups,
-        num_class_embeds=config.num_class_embeds,
-        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
-        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]])
 
 
 def randomise(net: UNet) -> UNet:
@@ -78,6 +66,48 @@ def test_channels_last_and_compute_type_change_little():
     with torch.autocast("cpu", torch.bfloat16):
         out = net.to(memory_format=torch.channels_last)(x, t)
     assert ((out.float() - expected).norm() / expected.norm()) < 0.02
+
+
+def distance(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("shape", [(4, 96, 32, 32), (4, 128, 13, 11), (3, 64, 8, 8)])
+@pytest.mark.parametrize("shift", [0.0, 4.0])
+def test_group_norm_in_bfloat16_is_as_exact_as_bfloat16(shape, shift):
+    """Against PyTorch's GroupNorm and its gradients in float64, also far from a zero mean."""
+    torch.manual_seed(0)
+    norm = GroupNorm(32, shape[1])
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(shape) + shift * torch.randn(1, shape[1], 1, 1)).bfloat16()
+    grad = torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last)
+
+    x_in = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = norm(x_in)
+    out.backward(grad)
+    x_exact, weight, bias = (t.detach().double().requires_grad_()
+                             for t in (x, norm.weight, norm.bias))
+    exact = F.group_norm(x_exact, 32, weight, bias, norm.eps)
+    exact.backward(grad.double())
+
+    assert out.dtype == torch.bfloat16
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    for value, truth in ((out, exact), (x_in.grad, x_exact.grad),
+                         (norm.weight.grad, weight.grad), (norm.bias.grad, bias.grad)):
+        assert distance(value, truth) < 0.005  # bfloat16 rounds by up to 2^-8 = 0.004
+
+
+@pytest.mark.parametrize("positions", [4, 64, 256])
+def test_attention_for_training_equals_the_fused_kernel(positions):
+    torch.manual_seed(0)
+    qkv = [torch.randn(2, 3, positions, 32, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(2, 3, positions, 32)
+    out, expected = attend(*qkv), F.scaled_dot_product_attention(*qkv)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad((out * weight).sum(), qkv),
+                            torch.autograd.grad((expected * weight).sum(), qkv)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_starts_as_a_prediction_of_zero():
