@@ -1,0 +1,215 @@
+"""The training and sampling loops that are compared, as their projects document them.
+
+Each `make` function takes a device and settings and returns a function that does one step.
+Ours is train.py itself. The others get the same net where they can (diffusers: the very weights),
+the same uint8 slices, and their own loop, optimiser and averaged weights.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dataset import Slices, phantom_slices
+from modules import (NoiseScheduler, UNet, UNetConfig, keep_freed_memory, make_scheduler_config,
+                     reverse_process, seeded_noise)
+from references import diffusers_net
+from train import Run, make_configs, parse_args
+
+TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def our_configs(size: int, batch_size: int, device: torch.device, *options: str):
+    """The three configs that train.py makes of its options; 64's net for everything below."""
+    preset = {128: "128", 256: "256"}.get(size, "64")
+    args = parse_args(["--preset", preset, "--image-size", str(size), "--batch-size",
+                       str(batch_size), *options])
+    return make_configs(args, (size, size), device, 0)
+
+
+def uint8_slices(size: int) -> np.ndarray:
+    return phantom_slices(size, 0, 4)[0]
+
+
+def count_flops(net: torch.nn.Module, channels: int, size: int) -> int:
+    """Of one image forward and backward, two per multiply-add, through convolutions and matrix
+    products alone, as every such count goes."""
+    with FlopCounterMode(display=False) as counter:
+        out = net(torch.randn(1, channels, size, size), torch.tensor([1]))
+        getattr(out, "sample", out).sum().backward()
+    return counter.get_total_flops()
+
+
+# Training --------------------------------------------------------------------------------------
+
+
+def ours(device: torch.device, size: int, batch_size: int, options: tuple[str, ...] = ()):
+    """train.py's own step."""
+    keep_freed_memory()
+    images = uint8_slices(size)
+    data = {"train": Slices(images, [f"phantom_{i}" for i in range(len(images))], device)}
+    run = Run("unused", *our_configs(size, batch_size, device, *options), data, device,
+              "--compile" in options)
+    return run.train_step
+
+
+def _random_batch(images: torch.Tensor, batch_size: int, patch: int, device) -> torch.Tensor:
+    """A batch in [-1, 1], pixel blocks folded: what a DataLoader of theirs would have ready."""
+    batch = images[torch.randint(len(images), (batch_size,))].to(device)[:, None]
+    return F.pixel_unshuffle(batch.float() / 127.5 - 1, patch)
+
+
+def diffusers_training(device: torch.device, size: int, batch_size: int, precision: str,
+                       compiled: bool = False, channels_last: bool = False):
+    """examples/unconditional_image_generation/train_unconditional.py with --use_ema."""
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    config = our_configs(size, batch_size, device)[0]
+    model = diffusers_net(config)
+    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0,
+                   power=0.75)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999),
+                                  weight_decay=1e-6, eps=1e-8)
+    lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500,
+                                 num_training_steps=100_000)
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    ema.to(device)
+    if compiled:
+        model = torch.compile(model)
+    scheduler, weight_dtype = DDPMScheduler(), TYPES[precision]
+    images = torch.from_numpy(uint8_slices(size))
+
+    def step():
+        clean = _random_batch(images, batch_size, config.patch_size, device).to(weight_dtype)
+        noise = torch.randn(clean.shape, dtype=weight_dtype, device=device)
+        timesteps = torch.randint(0, 1000, (batch_size,), device=device).long()
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        with accelerator.accumulate(model):
+            output = model(noisy, timesteps).sample
+            loss = F.mse_loss(output.float(), noise.float())
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        ema.step(model.parameters())
+        return loss.detach().item()  # their progress bar
+    return step
+
+
+def ddp_net(config: UNetConfig):
+    """denoising-diffusion-pytorch's Unet with FLOPs nearest to our net's, on folded pixels too."""
+    from denoising_diffusion_pytorch import Unet
+    channels, size = config.patch_size**2, config.sample_size[0] // config.patch_size
+    levels = len(config.block_out_channels)
+    wanted = count_flops(UNet(config), 1, config.sample_size[0])
+
+    def build(dim: int) -> Unet:
+        return Unet(dim, dim_mults=[2**i for i in range(levels)], channels=channels)
+    dim = min(range(16, 161, 8), key=lambda d: abs(count_flops(build(d), channels, size) - wanted))
+    net = build(dim)
+    return net, channels, size, count_flops(net, channels, size)
+
+
+def ddp_training(device: torch.device, size: int, batch_size: int, precision: str):
+    """denoising-diffusion-pytorch's Trainer.train, its defaults; --amp with bf16 where told."""
+    from accelerate import Accelerator
+    from denoising_diffusion_pytorch import GaussianDiffusion
+    from ema_pytorch import EMA
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    config = our_configs(size, batch_size, device)[0]
+    net, _, side, _ = ddp_net(config)
+    diffusion = GaussianDiffusion(net, image_size=side)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=0.995, update_every=10).to(device)
+    diffusion, optimizer = accelerator.prepare(diffusion, optimizer)
+    images = torch.from_numpy(uint8_slices(size))
+
+    def step():
+        data = (_random_batch(images, batch_size, config.patch_size, device) + 1) / 2
+        with accelerator.autocast():
+            loss = diffusion(data)
+        total = loss.item()  # theirs, for the progress bar
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+        return total
+    return step
+
+
+def convolution(device: torch.device, channels: int, size: int, batch_size: int, dtype: str):
+    """A 3x3 convolution with both its gradients: what the machine gives, channels last."""
+    keep_freed_memory()
+    kind = getattr(torch, dtype)
+    x, w = (torch.randn(shape, device=device, dtype=kind).contiguous(
+        memory_format=torch.channels_last).requires_grad_()
+        for shape in ((batch_size, channels, size, size), (channels, channels, 3, 3)))
+    grad = torch.randn_like(x)
+    return lambda: torch.autograd.grad(F.conv2d(x, w, padding=1), (x, w), grad)
+
+
+def matrix_product(device: torch.device, side: int, dtype: str):
+    """A square matrix product."""
+    a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return lambda: a @ b
+
+
+# Sampling --------------------------------------------------------------------------------------
+
+
+def our_sampling(device: torch.device, size: int, batch_size: int, steps: int, dtype: str):
+    """predict.py's way from noise to slices."""
+    keep_freed_memory()
+    config = our_configs(size, batch_size, device)[0]
+    net = UNet(config).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    scheduler = NoiseScheduler(make_scheduler_config("cosine"))
+    kind = getattr(torch, dtype)
+
+    def step():
+        noise = seeded_noise(list(range(batch_size)), (1, size, size))
+        for _ in reverse_process(net, scheduler, noise, steps, device=device, dtype=kind):
+            pass
+    return step
+
+
+def diffusers_sampling(device: torch.device, size: int, batch_size: int, steps: int, dtype: str,
+                       compiled: bool = False, channels_last: bool = False):
+    """DDIMPipeline, bfloat16 through autocast: it cannot turn bfloat16 weights' slices to numpy."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+    net = diffusers_net(our_configs(size, batch_size, device)[0]).to(device).eval()
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    if compiled:
+        net.forward = torch.compile(net.forward)
+    scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing",
+                              beta_schedule="squaredcos_cap_v2")
+    pipeline = DDIMPipeline(net, scheduler).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    kind = getattr(torch, dtype)
+
+    def step():
+        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+            pipeline(batch_size=batch_size, num_inference_steps=steps, output_type="np")
+    return step
+
+
+def ddp_sampling(device: torch.device, size: int, batch_size: int, steps: int, dtype: str):
+    """GaussianDiffusion.sample by DDIM, under autocast where its Trainer would have it."""
+    from denoising_diffusion_pytorch import GaussianDiffusion
+    net, _, side, _ = ddp_net(our_configs(size, batch_size, device)[0])
+    diffusion = GaussianDiffusion(net, image_size=side, sampling_timesteps=steps).to(device).eval()
+    from denoising_diffusion_pytorch import denoising_diffusion_pytorch as module
+    module.tqdm = lambda iterable, **_: iterable
+    kind = getattr(torch, dtype)
+
+    def step():
+        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+            diffusion.sample(batch_size=batch_size)
+    return step
