@@ -1,4 +1,4 @@
-"""OASIS slices: finds, checks, decodes and caches them, and hands out batches.
+"""OASIS slices: prepares, finds, checks, decodes and caches them, and hands out batches.
 
 Three layouts are read, each with PNG, JPEG, TIFF or BMP images of 8 or 16 bits:
 
@@ -6,27 +6,41 @@ Three layouts are read, each with PNG, JPEG, TIFF or BMP images of 8 or 16 bits:
     ROOT/keras_png_slices_train/ ..._validate/ ..._test/   (case_001_slice_0.nii.png ...)
     ROOT/*.png                                         (one folder; split here, by person)
 
-With no data at all, phantom slices are drawn: procedural axial brains that need no file.
+and the second one is made of OASIS as it comes: the discs' tar.gz files or folders, NIfTI trees,
+PNGs, folders of JPEGs by class. With no data at all, phantom slices are drawn.
 
-    python dataset.py inspect ROOT        what is there, as a table and a picture
+    python dataset.py prepare SOURCE OUT  volumes or pictures into slices, split by person
+    python dataset.py inspect ROOT        what is there, as a report and a picture
     python dataset.py inspect             the same for the phantoms
 
-Images leave this module as float32 in [-1, 1], shape (B, 1, H, W): -1 black, 1 white.
+Slices stand upright in the radiological convention: the front of the head on top, the patient's
+right on the picture's left. Images leave this module as float32 in [-1, 1], shape (B, 1, H, W).
 """
 
 import argparse
 import contextlib
+import csv
+import fcntl
 import hashlib
+import io
+import json
 import os
 import re
+import shutil
 import signal
+import stat
 import sys
+import tarfile
+import tempfile
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +50,13 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 SPLITS = ("train", "validate", "test")
+RATIOS = (0.85, 0.10, 0.05)  # near the 9,664 / 1,120 / 544 slices of the report's set
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
-PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|sub-[A-Za-z0-9]+|phantom_\d+)")
+PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
 LARGEST_SIDE = 8192  # pixels; beyond it, a file is no slice, and padding would eat the memory
-CACHE_VERSION = 1  # raise it when the same files would decode to other pixels
+CACHE_VERSION = 2  # raise it when the same files would decode to other pixels, or be refused
+CASE_COLUMNS = ("case", "split", "person", "session", "class", "age", "sex", "cdr", "slices",
+                "source")
 
 # ---------------------------------------------------------------------------------------------
 # What the three scripts share: errors in one line, whole files, bars, pictures
@@ -131,6 +148,24 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     save_png(make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=0)[0], path)
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds a lock file while one process works for all. Raises BlockingIOError if not to wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes values as JSON, whole or not at all."""
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
 # ---------------------------------------------------------------------------------------------
 # Finding slices
 # ---------------------------------------------------------------------------------------------
@@ -140,6 +175,29 @@ def person_of(path: Path) -> str | None:
     """The person a slice is of, from names as in case_001_slice_0 or OAS1_0001_MR1, or None."""
     match = PERSON.search(path.name)
     return match[0] if match else None
+
+
+def slice_number(name: str) -> int:
+    """The last number of a file's name, as 7 of case_001_slice_7.nii.png; 0 if there is none."""
+    return int((re.findall(r"\d+", name.split(".")[0])[-1:] or [0])[0])
+
+
+def read_cases(root: Path) -> list[dict[str, str]]:
+    """The rows of ROOT/cases.csv; none if there is no such file. Raises UserError for no CSV."""
+    path = root / "cases.csv"
+    try:
+        return list(csv.DictReader(io.StringIO(path.read_text())))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); mend or remove it") from None
+
+
+def person_finder(root: Path) -> Callable[[Path], str | None]:
+    """`person_of`, but for cases that ROOT/cases.csv says whose they are: people come again."""
+    of_case = {f"case_{int(row['case']):03d}": row["person"] for row in read_cases(root)
+               if row.get("person") and str(row.get("case")).isdigit()}
+    return lambda path: of_case.get(person_of(path) or "", person_of(path))
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -154,14 +212,19 @@ def images_in(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
 
 
-def find_slices(root: Path) -> dict[str, list[Path]]:
+def find_slices(root: Path, shared_people: bool = False) -> dict[str, list[Path]]:
     """The image files of each split of any of the three layouts.
 
-    A folder without splits is divided by person (see `split_by_person`).
-    Raises UserError for a missing or empty folder, or if a person stands in two splits.
+    A folder without splits is divided by person (see `assign_splits`).
+    Raises UserError for a missing or empty folder, or, unless that is allowed, if a person stands
+    in two splits.
     """
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder; --data takes the folder that holds the slices")
+    if os.path.isdir(root / ".staged"):
+        raise UserError(f"{root}: its preparation is not finished; give the same python dataset.py "
+                        "prepare again")
+    person = person_finder(root)
     for prefix in ("", "keras_png_slices_"):
         folders = {split: root / (prefix + split) for split in SPLITS}
         if os.path.isdir(folders["train"]):
@@ -173,9 +236,12 @@ def find_slices(root: Path) -> dict[str, list[Path]]:
         files = images_in(root)
         if not files:
             raise UserError(f"{root}: neither train/, nor keras_png_slices_train/, nor images "
-                            f"({_extensions()}) in it")
-        splits = split_by_person(files)
-    _refuse_shared_people(splits)
+                            f"({_extensions()}) in it; python dataset.py prepare {root} OUT makes "
+                            "slices of volumes, discs and class folders")
+        splits = split_by_person(files, person)
+    if not shared_people:
+        for line in people_in_two_splits(splits, person):
+            raise UserError(line)
     return splits
 
 
@@ -183,73 +249,104 @@ def _extensions() -> str:
     return ", ".join(sorted(EXTENSIONS))
 
 
-def split_by_person(files: list[Path], seed: int = 0) -> dict[str, list[Path]]:
-    """About 85 / 10 / 5 % of the people for train / validate / test, by a fixed shuffle.
+def split_by_person(files: list[Path], person: Callable = person_of) -> dict[str, list[Path]]:
+    """The files of one folder, divided by person; one whose name tells none counts as one."""
+    people = {path: person(path) or path.stem for path in files}
+    warn_of_nobody([path.name for path in files if person(path) is None])
+    split_of = assign_splits(people.values())
+    return {s: [path for path in files if split_of[people[path]] == s] for s in SPLITS}
 
-    All slices of one person stay together: neighbours are near-copies, so that a split by
-    slice would leak. At least one person goes to each of the smaller splits if three are there,
-    else all go to train. Where a name tells no person, its slice counts as one, with a warning.
-    """
-    person = {path: person_of(path) or path.stem for path in files}
-    unknown = sum(person_of(path) is None for path in files)
-    if unknown:
-        print(f"warning: {unknown} names, such as {files[0].name}, tell no person (case_001_..., "
+
+def warn_of_nobody(names: list[str]) -> None:
+    """Says that names tell no person, so that one head may stand in two splits."""
+    if names:
+        print(f"warning: {len(names)} names, such as {names[0]}, tell no person (case_001_..., "
               "OAS1_0001_..., sub-01_...); slices of one head may stand in two splits",
               file=sys.stderr)
-    people = sorted(set(person.values()))
-    order = np.random.default_rng(seed).permutation(len(people))
-    held = [max(1, round(len(people) * share)) if len(people) >= 3 else 0
-            for share in (0.10, 0.05)]
-    split_of = {people[index]: "validate" if place < held[0] else
-                "test" if place < sum(held) else "train" for place, index in enumerate(order)}
-    return {s: [path for path in files if split_of[person[path]] == s] for s in SPLITS}
 
 
-def _refuse_shared_people(splits: dict[str, list[Path]]) -> None:
-    people = {split: {person_of(path) for path in files} - {None}
+def assign_splits(people: Iterable[str], known: dict[str, str] | None = None,
+                  ratios: tuple[float, ...] = RATIOS, seed: int = 0) -> dict[str, str]:
+    """Person -> split: by default about 85 / 10 / 5 % of the people, by a seeded shuffle.
+
+    All slices of one person stay together: neighbours are near-copies, so that a split by slice
+    would leak. At least one person goes to each split with a ratio above 0 if three are there,
+    else all go to train. Who is `known` stays where they are; the others fill up.
+    """
+    split_of = dict(known or {})
+    new = sorted(set(people) - set(split_of))
+    count = len(new) + len(split_of)
+    order = [new[i] for i in np.random.default_rng(seed).permutation(len(new))]
+    for split, share in zip(SPLITS[1:], ratios[1:]):
+        quota = max(1, round(count * share)) if count >= 3 and share > 0 else 0
+        short = max(0, quota - list(split_of.values()).count(split))
+        split_of |= dict.fromkeys(order[:short], split)
+        order = order[short:]
+    return split_of | dict.fromkeys(order, "train")
+
+
+def people_in_two_splits(splits: dict[str, list[Path]], person: Callable) -> list[str]:
+    """A line for each two splits that share people."""
+    people = {split: {person(path) for path in files} - {None}
               for split, files in splits.items()}
-    for first, second in (("train", "validate"), ("train", "test"), ("validate", "test")):
-        shared = people[first] & people[second]
-        if shared:
-            raise UserError(f"{len(shared)} people stand in both {first} and {second}, such as "
-                            f"{min(shared)}; move each person's slices to one split")
+    return [f"{len(people[a] & people[b])} people stand in both {a} and {b}, such as "
+            f"{min(people[a] & people[b])}; move each person's slices to one split"
+            for a, b in (("train", "validate"), ("train", "test"), ("validate", "test"))
+            if people.get(a, set()) & people.get(b, set())]
 
 
 # ---------------------------------------------------------------------------------------------
-# Decoding and caching
+# Decoding and checking one slice
 # ---------------------------------------------------------------------------------------------
 
 
-def decode(path: Path, image_size: int | None) -> np.ndarray:
-    """One image file -> uint8 (S, S) for an image size S, or (H, W) as it is for None.
+class BadSlice(UserError):
+    """A file that is no slice to train on: what it is, and the mend."""
 
-    The slice is made square by black padding, never squashed, then resized by an antialiased
-    bicubic filter (a wider one would ring into the black background). 16-bit images are scaled
-    so that 65535 is white.
-    Raises UserError if the file is no whole image of 8 or 16 bits.
+    def __init__(self, path: Path | str, what: str, mend: str = "replace or remove it"):
+        super().__init__(f"{path}: {what}; {mend}")
+        self.path, self.what, self.mend = path, what, mend
+
+
+class BadSlices(UserError):
+    """Several of them: up to ten by name, a count, and the mends."""
+
+    def __init__(self, bad: list[BadSlice], total: int, unit: str = "images"):
+        mends = "; ".join(dict.fromkeys(b.mend for b in bad))
+        super().__init__((f"{bad[0].path}: {bad[0].what}" if len(bad) == 1 else
+                          f"{len(bad)} of {total} {unit} cannot be used: {listing(bad)}")
+                         + f"; {mends}; or give --skip-bad to go on without")
+        self.bad = bad
+
+
+def listing(bad: list[BadSlice]) -> str:
+    """Up to ten files and what is wrong with them."""
+    return "; ".join(f"{b.path} ({b.what})" for b in bad[:10]) + "; ..." * (len(bad) > 10)
+
+
+def read_gray(path: Path) -> Image.Image:
+    """One image file -> mode L, or F in [0, 255] for 16 bits, of its own size.
+
+    16-bit images are scaled so that 65535 is white; what is transparent is black.
+    Raises BadSlice if the file is no whole grey image of 8 or 16 bits.
     """
     try:
         with Image.open(path) as image:
-            image.load()
             if max(image.size) > LARGEST_SIDE:
-                raise UserError(f"{path}: has a side of {max(image.size)} pixels; slices have at "
-                                f"most {LARGEST_SIDE}")
-            image = to_gray(image)
+                raise BadSlice(path, f"has a side of {max(image.size)} pixels; slices have at "
+                                     f"most {LARGEST_SIDE}")
+            image.load()
+            return to_gray(image)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"{path}: cannot be read ({reason}); replace or remove it") from None
-    if image_size is not None:
-        side = max(image.size)
-        square = Image.new(image.mode, (side, side))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(image).round().clip(0, 255).astype(np.uint8)
+        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else \
+            getattr(error, "strerror", None) or error
+        raise BadSlice(path, f"cannot be read ({reason})") from None
 
 
 def to_gray(image: Image.Image) -> Image.Image:
     """An image of any mode -> mode L, or F in [0, 255] for 16 bits; black where transparent.
 
-    Raises ValueError for pixels that are neither 8 nor 16 bits.
+    Raises ValueError for pixels that are neither 8 nor 16 bits, or in colour.
     """
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image).astype(np.float32)
@@ -259,19 +356,82 @@ def to_gray(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    if image.mode not in ("L", "1"):
+        channels = np.asarray(image.convert("RGB"))
+        # JPEG leaves traces of colour in grey pictures.
+        if np.mean(np.ptp(channels, axis=2) > 24) > 1e-3:
+            raise ValueError("it is in colour, as overlays and screenshots are, not grey")
     return image.convert("L")
 
 
-def decode_all(files: list[Path], image_size: int | None) -> np.ndarray:
-    """Decodes in parallel, with a bar: paths -> uint8 (N, H, W).
+def is_label_map(pixels: np.ndarray) -> bool:
+    """Whether an image, (..., H, W) of any range from 0 on, has next to no grey levels but a few.
 
-    Raises UserError naming up to ten of the files that cannot be read, or the first whose size
-    differs if the size is native.
+    Of the pixels above the background, five bands of 7 of 256 levels hold at most 46% in each of
+    5,760 OASIS slices, and all in a segmentation map, also after JPEG or resizing but for edges.
     """
-    def attempt(path: Path) -> np.ndarray | UserError:
+    levels = np.rint(pixels * (255 / max(pixels.max(), 1e-6))).astype(np.uint8)
+    counts = np.bincount(levels.ravel(), minlength=256)
+    counts[:8] = 0  # the background, with JPEG's ripples
+    total, held = counts.sum(), 0
+    for _ in range(5):
+        bands = np.convolve(counts, np.ones(7, int), "same")
+        held += bands.max()
+        counts[max(0, bands.argmax() - 3):bands.argmax() + 4] = 0
+    return held > 0.6 * total
+
+
+def check_slice(pixels: np.ndarray, path: Path | str) -> None:
+    """Raises BadSlice for pixels of a file's own size that one would rue to have trained on."""
+    if pixels.min() == pixels.max():
+        raise BadSlice(path, "is black all over" if pixels.max() == 0 else "is of one grey level",
+                       "remove the slices that show nothing")
+    if is_label_map(pixels):
+        raise BadSlice(path, "has few grey levels, as a segmentation map",
+                       "give the folder of MR slices, as keras_png_slices_train, not "
+                       "keras_png_slices_seg_train")
+
+
+def fit(image: Image.Image, image_size: int | None) -> np.ndarray:
+    """An image of mode L or F -> uint8 (S, S) for an image size S, or (H, W) as it is for None.
+
+    The slice is made square by black padding, never squashed, then resized by an antialiased
+    bicubic filter (a wider one would ring into the black background).
+    """
+    if image_size is not None:
+        side = max(image.size)
+        square = Image.new(image.mode, (side, side))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(image).round().clip(0, 255).astype(np.uint8)
+
+
+def decode(path: Path, image_size: int | None) -> np.ndarray:
+    """One image file -> uint8 (S, S), or (H, W) for None; see `read_gray`, `check_slice`, `fit`.
+
+    Raises BadSlice as they do.
+    """
+    image = read_gray(path)
+    check_slice(np.asarray(image), path)
+    return fit(image, image_size)
+
+
+# ---------------------------------------------------------------------------------------------
+# Decoding and caching a set
+# ---------------------------------------------------------------------------------------------
+
+
+def decode_all(files: list[Path], image_size: int | None, allocate: Callable = np.zeros
+               ) -> np.ndarray:
+    """Decodes in parallel, with a bar: paths -> the uint8 (N, H, W) of allocate(shape, dtype).
+
+    Raises BadSlices naming up to ten of the files that are no slices, or UserError with the first
+    whose size differs if the size is native.
+    """
+    def attempt(path: Path) -> np.ndarray | BadSlice:
         try:
             return decode(path, image_size)
-        except UserError as error:
+        except BadSlice as error:
             return error
 
     images, bad = None, []
@@ -279,21 +439,21 @@ def decode_all(files: list[Path], image_size: int | None) -> np.ndarray:
             progress_bar(len(files), "decoding", "slice") as bar:
         for index, result in enumerate(pool.map(attempt, files)):
             bar.update()
-            if isinstance(result, UserError):
-                bad.append(str(result))
+            if isinstance(result, BadSlice):
+                bad.append(result)
                 continue
             if images is None:
-                images = np.zeros((len(files), *result.shape), np.uint8)
+                images = allocate((len(files), *result.shape), np.uint8)
             if result.shape != images.shape[1:]:
-                raise UserError(f"{files[index]}: is {result.shape[0]}x{result.shape[1]} (rows x "
-                                f"columns), others {images.shape[1]}x{images.shape[2]}; give "
-                                "--image-size to bring all to one size")
+                raise BadSlice(files[index], f"is {result.shape[0]}x{result.shape[1]} (rows x "
+                               f"columns), others {images.shape[1]}x{images.shape[2]}",
+                               "give --image-size to bring all to one size")
             images[index] = result
-    if len(bad) == 1:
-        raise UserError(bad[0])
     if bad:
-        raise UserError(f"{len(bad)} of {len(files)} images cannot be used: "
-                        + "; ".join(bad[:10]) + ("; ..." if len(bad) > 10 else ""))
+        raise BadSlices(bad, len(files))
+    if images.max() < 64:
+        print(f"warning: the brightest pixel of {files[0].parent} is {images.max()} of 255; 12-bit "
+              "values in 16-bit files? scale them so that 65535 is white", file=sys.stderr)
     return images
 
 
@@ -309,60 +469,584 @@ def default_cache() -> Path:
 
 
 def load_images(files: list[Path], image_size: int | None, cache: Path | None = None
-                ) -> np.ndarray:
-    """The slices as one uint8 (N, H, W), decoded once and cached on disk.
+                ) -> tuple[np.ndarray, int]:
+    """The slices as one uint8 (N, H, W), decoded once and cached on disk, and their CRC-32.
 
     The cache is found by the files' names, sizes and times and the image size, and trusted only
-    if its checksum holds, so that a stale or damaged one is decoded again. It is mapped into
-    memory, and so shared by all processes of a machine.
+    if its checksum holds, so that a stale or damaged one is decoded again. It is decoded straight
+    to the disk, by one process while others wait, and mapped into the memory of all.
     Raises UserError as `decode_all` does.
     """
-    cache = cache or default_cache()
-    facts = [_file_facts(path) for path in files]
-    key = hashlib.sha256(repr((CACHE_VERSION, image_size, facts)).encode()).hexdigest()[:24]
-    for found in cache.glob(f"{key}-*.npy"):
-        images = _read_cache(found, len(files))
-        if images is not None:
-            return images
-    images = decode_all(files, image_size)
-    if images.max() < 64:
-        print(f"warning: the brightest pixel of {files[0].parent} is {images.max()} of 255; 12-bit "
-              "values in 16-bit files? scale them so that 65535 is white", file=sys.stderr)
-    target = cache / f"{key}-{zlib.crc32(images):08x}.npy"
+    facts = _file_facts(files)
+    bad = [BadSlice(path, "cannot be read (a broken link, or no plain file)")
+           for path, fact in zip(files, facts) if fact is None]
+    if bad:
+        raise BadSlices(bad, len(files))
+    kept = (cache or default_cache()) / f"{_key(image_size, facts)}.npy"
     try:
-        write_atomic(target, lambda file: np.save(file, images, allow_pickle=False))
-    except UserError as error:
+        with locked(kept.with_suffix(".lock")) if not kept.exists() else contextlib.nullcontext():
+            if not kept.exists():
+                write_atomic(kept, partial(_decode_into, files, image_size))
+        return _read_cache(kept, len(files))
+    except (BadSlice, BadSlices):
+        raise
+    except (ValueError, EOFError):
+        print(f"warning: {kept} is damaged; decoding again", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            kept.unlink()
+            return load_images(files, image_size, cache)
+    except (OSError, UserError) as error:
         print(f"warning: no cache, the slices will be decoded again next time: {error}",
               file=sys.stderr)
-    return images
+    images = decode_all(files, image_size)
+    return images, zlib.crc32(images)
 
 
-def _file_facts(path: Path) -> tuple[str, int, int]:
-    """What tells a changed file: its path, size and time. Raises UserError for no plain file."""
+def without_bad(files: list[Path], image_size: int | None, cache: Path | None = None
+                ) -> list[Path]:
+    """The files that are slices. Those that are not are named in a warning, and remembered."""
+    cache = cache or default_cache()
+    kept = cache / f"{_key(image_size, _file_facts(files))}.bad.json"
+    bad = {}
+    with contextlib.suppress(OSError, ValueError):
+        bad = {Path(path): what for path, what in json.loads(kept.read_text()).items()}
+    good = [path for path in files if path not in bad]
     try:
-        if path.is_file():  # reading a pipe would wait for ever
-            stat = path.stat()
-            return str(path.resolve()), stat.st_size, stat.st_mtime_ns
-    except OSError:
-        pass
-    raise UserError(f"{path}: cannot be read (a broken link, or no plain file); replace or "
-                    "remove it")
+        load_images(good, image_size, cache)
+    except BadSlices as error:
+        bad |= {b.path: b.what for b in error.bad}
+        with contextlib.suppress(UserError):
+            write_json(kept, {str(path): what for path, what in bad.items()})
+        # A link that is broken hides what decoding has to say of the others.
+        return without_bad(files, image_size, cache)
+    if bad:
+        print(f"warning: goes on without {len(bad)} of {len(files)} images: "
+              + listing([BadSlice(*item) for item in bad.items()]), file=sys.stderr)
+    return good
 
 
-def _read_cache(path: Path, count: int) -> np.ndarray | None:
-    """The array of a cache file, or None (and the file removed) if it is damaged."""
+def _file_facts(files: list[Path]) -> list[tuple[str, int, int] | None]:
+    """What tells a changed file: its path, size and time; None for what is no plain file."""
+    folders = {folder: folder.resolve() for folder in {path.parent for path in files}}
+    facts = []
+    for path in files:
+        try:
+            found = path.stat()
+        except OSError:
+            facts.append(None)
+            continue
+        facts.append((str(folders[path.parent] / path.name), found.st_size, found.st_mtime_ns)
+                     if stat.S_ISREG(found.st_mode) else None)  # a pipe would wait for ever
+    return facts
+
+
+def _key(image_size: int | None, facts: list) -> str:
+    return hashlib.sha256(repr((CACHE_VERSION, image_size, facts)).encode()).hexdigest()[:24]
+
+
+def _decode_into(files: list[Path], image_size: int | None, file) -> None:
+    """Decodes into a .npy file, which is mapped rather than held in memory; ends in its CRC-32."""
+    def allocate(shape: tuple, dtype: type) -> np.memmap:
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False,
+                                                        shape=shape))
+        file.flush()
+        start, size = file.tell(), int(np.prod(shape))
+        # Space is taken at once: a disk that fills up later would kill the process.
+        getattr(os, "posix_fallocate", lambda fd, _, n: os.ftruncate(fd, n))(
+            file.fileno(), 0, start + size)
+        return np.memmap(file.name, dtype, "r+", start, shape)
+
+    images = decode_all(files, image_size, allocate)
+    images.flush()
+    file.seek(0, os.SEEK_END)
+    file.write(zlib.crc32(images).to_bytes(4, "little"))
+
+
+def _read_cache(path: Path, count: int) -> tuple[np.ndarray, int]:
+    """The array of a cache file and its CRC-32. Raises ValueError or EOFError if damaged."""
+    images = np.load(path, mmap_mode="c", allow_pickle=False)  # shared until written
+    crc = zlib.crc32(np.ascontiguousarray(images))
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        if images.dtype != np.uint8 or images.ndim != 3 or len(images) != count or \
+                file.read() != crc.to_bytes(4, "little"):
+            raise ValueError("not what was written")
+    return images, crc
+
+
+# ---------------------------------------------------------------------------------------------
+# Volumes
+# ---------------------------------------------------------------------------------------------
+
+# What OASIS-1 calls the skull-stripped, gain-field corrected volume in the T88 atlas space; its
+# label map ends in _fseg, the volume with the skull lacks _masked.
+T88 = re.compile(r"(OAS1_\d+_MR\d+)_mpr_n\w+_anon_111_t88_masked_gfc\.(hdr|img)")
+T88_SHAPE = (176, 208, 176)
+
+
+class Cutting(NamedTuple):
+    """How volumes are cut: slices per session, and from where to where of the brain's height."""
+
+    slices: int = 32
+    low: float = 0.2
+    high: float = 0.85
+
+
+def upright(image, name: str) -> tuple[np.ndarray, tuple[float, float]]:
+    """A nibabel image -> its voxels, (X, Y, Z), from right to left, back to front and low to
+    high, and the lengths of a voxel's first two sides in mm.
+
+    A NIfTI header says how its voxels stand. Analyze has no such field, but 7.5 defines x as
+    running from right to left (and nibabel reads it so), and OASIS-1's previews show the rest:
+    axial preview 90, coronal 110 and sagittal 95 of its T88 volumes meet in equal grey levels only
+    if y runs to the front and z up, all counted from 1.
+    Raises BadSlice for a header without orientation, and for all but 3-D volumes of numbers.
+    """
+    import nibabel as nib  # here, since training need not wait for it
+
+    nifti = isinstance(image, nib.Nifti1Pair)
+    if nifti and not (image.header["sform_code"] or image.header["qform_code"]) or \
+            not np.isfinite(image.affine).all() or not np.linalg.det(image.affine[:3, :3]):
+        raise BadSlice(name, "its header states no orientation",
+                       "set its sform or qform code, as with nibabel or fslorient")
+    image = nib.squeeze_image(image)
+    if len(image.shape) != 3:
+        raise BadSlice(name, f"has {len(image.shape)} dimensions ("
+                       + "x".join(map(str, image.shape)) + "), not 3",
+                       "give one T1-weighted volume per session, not a time series")
+    if not nifti and not (T88.fullmatch(Path(name).name) and image.shape == T88_SHAPE):
+        raise BadSlice(name, "Analyze headers state no orientation, and this is no T88 volume of "
+                       "OASIS-1", "convert it to NIfTI with the orientation that you know it has")
+    # LAS: the axes run to the left, to the front (anterior) and up (superior).
+    turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine),
+                                           nib.orientations.axcodes2ornt("LAS"))
+    image = image.as_reoriented(turn)
+    volume = np.asanyarray(image.dataobj)
+    if volume.dtype.kind not in "iuf":
+        raise BadSlice(name, f"has voxels of type {volume.dtype}, not grey levels",
+                       "give a T1-weighted volume")
+    return np.nan_to_num(volume, copy=False) if volume.dtype.kind == "f" else volume, \
+        nib.affines.voxel_sizes(image.affine)[:2]
+
+
+def cut_volume(volume: np.ndarray, zooms: tuple[float, float], cutting: Cutting, name: str
+               ) -> dict[int, np.ndarray]:
+    """A volume as `upright` gives it -> number (0 is low) and uint8 (S, S) of its axial slices.
+
+    The 99.5th percentile of the voxels above 0 becomes white, so that a few bright vessels do not
+    darken the rest; 0 stays 0. The brain reaches as far as 0.5% of a plane are above a tenth of
+    that. Pixels are made square by their size in mm, pictures by black padding.
+    Raises BadSlice for a volume with nothing in it, a label map, or one too low for the slices.
+    """
+    inside = volume[volume > 0]
+    if not inside.size or volume.min() == volume.max():
+        raise BadSlice(name, "is of one value all over", "remove it")
+    white = np.percentile(inside, 99.5)
+    tall = np.flatnonzero((volume > 0.1 * white).mean(axis=(0, 1)) > 0.005)
+    low, high = (tall[[0, -1]] if tall.size else (0, 0))
+    planes = np.rint(low + (high - low) * np.linspace(*cutting[1:], cutting.slices)).astype(int)
+    if len(set(planes)) < cutting.slices:
+        raise BadSlice(name, f"its brain is {high - low + 1} planes high, too low for "
+                       f"{cutting.slices} slices", "give fewer --slices or a wider --range")
+    levels = (255 / white * volume[:, ::-1, planes].transpose(2, 1, 0).astype(np.float32))
+    levels = np.rint(levels.clip(0, 255)).astype(np.uint8)
+    if is_label_map(levels):
+        raise BadSlice(name, "has few grey levels, as a segmentation map",
+                       "give the T1-weighted volume")
+    width, height = (round(n * mm / min(zooms)) for n, mm in zip(volume.shape, zooms))
+    return {number: fit_square(Image.fromarray(plane).resize(
+        (width, height), Image.Resampling.BICUBIC)) for number, plane in enumerate(levels)}
+
+
+def fit_square(image: Image.Image) -> np.ndarray:
+    """Black padding alone: mode L or F -> uint8 (S, S)."""
+    return fit(image, max(image.size))
+
+
+@contextlib.contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Turns whatever a damaged volume makes its reader raise into a BadSlice."""
     try:
-        images = np.load(path, mmap_mode="c", allow_pickle=False)  # shared until written
-        crc = zlib.crc32(np.ascontiguousarray(images))
-        if images.dtype == np.uint8 and images.ndim == 3 and len(images) == count \
-                and path.stem.endswith(f"-{crc:08x}"):
-            return images
-    except (OSError, ValueError, EOFError):
-        pass
-    print(f"warning: {path} is damaged; decoding again", file=sys.stderr)
-    with contextlib.suppress(OSError):
-        path.unlink()
-    return None
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        words = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise BadSlice(name, f"cannot be read ({words or type(error).__name__})") from None
+
+
+def cut_file(path: Path, cutting: Cutting) -> dict[int, np.ndarray]:
+    """The slices of a NIfTI or Analyze file; see `cut_volume`. Raises BadSlice."""
+    import nibabel as nib
+
+    with named_errors(str(path)):
+        # OASIS-1's header fields beyond 7.5 mean nothing; nibabel's guess may be SPM's dialect.
+        load = nib.AnalyzeImage.from_filename if T88.fullmatch(path.name) else nib.load
+        return cut_volume(*upright(load(path), str(path)), cutting, str(path))
+
+
+def cut_pair(header, voxels, cutting: Cutting, name: str) -> dict[int, np.ndarray]:
+    """The slices of an Analyze volume out of two open files; see `cut_volume`. Raises BadSlice."""
+    import nibabel as nib
+
+    with named_errors(name):
+        image = nib.AnalyzeImage.from_file_map({"header": nib.FileHolder(fileobj=header),
+                                                "image": nib.FileHolder(fileobj=voxels)})
+        return cut_volume(*upright(image, name), cutting, name)
+
+
+# ---------------------------------------------------------------------------------------------
+# prepare
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One session of one person: where it comes from, and the function that cuts its slices.
+
+    cut(bad) returns uint8 (S, S) slices by number, and adds what was bad to the list, or raises.
+    """
+
+    session: str
+    person: str | None
+    source: str
+    cut: Callable[[list[BadSlice]], dict[int, np.ndarray]]
+    facts: dict[str, str]  # split or class, where the source has them; age, sex, cdr
+
+
+def find_scans(source: Path, cutting: Cutting) -> tuple[list[Path], list[Scan]]:
+    """The tar files, and the other scans, of a source.
+
+    Volumes go before pictures: of OASIS-1 the T88 volumes alone, of a BIDS tree the T1w ones.
+    Raises UserError if there is nothing, or nothing of a known kind.
+    """
+    if not os.path.lexists(source):
+        raise UserError(f"{source}: no such file or folder; prepare takes a disc's tar.gz, or a "
+                        "folder of volumes or pictures")
+    files = [source] if not source.is_dir() else sorted(
+        Path(folder) / name for folder, folders, names in os.walk(source) for name in names
+        if not name.startswith("."))
+    tars = [path for path in files if path.name.endswith((".tar.gz", ".tgz", ".tar"))]
+    volumes = [path for path in files if T88.fullmatch(path.name) and path.suffix == ".hdr"]
+    if tars or volumes:
+        return tars, volume_scans(source, volumes, cutting)
+    volumes = [path for path in files if path.name.endswith((".nii", ".nii.gz", ".hdr"))
+               and "derivatives" not in path.relative_to(source).parts]
+    volumes = [path for path in volumes if "_T1w." in path.name] or volumes
+    pictures = [path for path in files if path.suffix.lower() in EXTENSIONS
+                and "_seg_" not in path.parent.name]
+    if not volumes and not pictures:
+        raise UserError(f"{source}: holds no *_t88_masked_gfc.hdr, no tar.gz, no .nii or .nii.gz, "
+                        f"and no images ({_extensions()}); give a disc of OASIS-1 or another "
+                        "folder")
+    return [], volume_scans(source, volumes, cutting) or picture_scans(source, pictures)
+
+
+def volume_scans(source: Path, files: list[Path], cutting: Cutting) -> list[Scan]:
+    """A scan for each volume file, named by the file, or by the way to it if names repeat."""
+    stem = {path: T88.sub(r"\1", path.name).split(".")[0] for path in files}
+    often = Counter(stem.values())
+    facts = participants(source)
+    scans = []
+    for path in files:
+        way = path.relative_to(source).as_posix() if path != source else path.name
+        person = (PERSON.findall(way) or [None])[-1]
+        about = path.parents[min(3, len(path.parents) - 1)] / f"{stem[path]}.txt"
+        scans.append(Scan(stem[path] if often[stem[path]] == 1 else way.replace("/", "_"),
+                          person, str(path), lambda bad, path=path: cut_file(path, cutting),
+                          read_facts(about) if about.is_file() else facts.get(person, {})))
+    return scans
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """Age, sex and CDR (dementia rating) out of the text file of an OASIS-1 session."""
+    text = path.read_text(errors="replace")
+    found = {key: re.search(rf"^{name}:[ \t]*(\S+)", text, re.M)
+             for key, name in (("age", "AGE"), ("sex", "M/F"), ("cdr", "CDR"))}
+    return {key: match[1][0] if key == "sex" else match[1]
+            for key, match in found.items() if match}
+
+
+def participants(source: Path) -> dict[str, dict[str, str]]:
+    """Person -> age, sex and cdr out of a BIDS tree's participants.tsv, as far as it is there."""
+    path = source / "participants.tsv"
+    if not path.is_file():
+        return {}
+    rows = csv.DictReader(io.StringIO(path.read_text(errors="replace")), delimiter="\t")
+    return {row["participant_id"]: {key: row[key] for key in ("age", "sex", "cdr")
+                                    if row.get(key) not in (None, "", "n/a")}
+            for row in rows if row.get("participant_id")}
+
+
+def picture_scans(source: Path, files: list[Path]) -> list[Scan]:
+    """A scan for each series of numbered pictures of a person, or for each picture of nobody.
+
+    Folders named as a split tell the split; else the last folder's name is the class.
+    """
+    series: dict[tuple[str, str, str], list[Path]] = {}
+    for path in files:
+        folders = path.relative_to(source).parts[:-1] if path != source else ()
+        split_of = {f: s for f in folders for s in SPLITS
+                    if f.removeprefix("keras_png_slices_") in (s, s[:3])}
+        label = folders[-1] if folders and folders[-1] not in split_of else ""
+        name = path.name.split(".")[0]
+        if person_of(path):
+            name = re.sub(r"(_slice)?[ _-]*\d+$", "", name)
+        series.setdefault(("".join(split_of.values()), label, name), []).append(path)
+    often = Counter(name for *_, name in series)
+    return [Scan(name if often[name] == 1 else "_".join(filter(None, (split, label, name))),
+                 person_of(paths[0]), str(paths[0].parent), partial(cut_pictures, paths),
+                 {"split": split, "class": label})
+            for (split, label, name), paths in series.items()]
+
+
+def cut_pictures(paths: list[Path], bad: list[BadSlice]) -> dict[int, np.ndarray]:
+    """Pictures of one series, padded to squares, by their numbers; see `Scan`."""
+    slices = {}
+    for path in paths:
+        try:
+            image = read_gray(path)
+            check_slice(np.asarray(image), path)
+            slices[slice_number(path.name)] = fit_square(image)
+        except BadSlice as error:
+            bad.append(error)
+    return slices
+
+
+class Preparation:
+    """Slices on the way from their sources to OUT.
+
+    Each session is cut into a folder of its own under OUT/.staged, whole or not at all. Only when
+    all people are known, numbers and splits are given out, cases.csv is written, and the slices
+    are moved to their places: no listing of the tars beforehand, and the ratios hold exactly.
+    """
+
+    def __init__(self, out: Path, settings: dict, skip_bad: bool):
+        self.out, self.staged, self.skip_bad = out, out / ".staged", skip_bad
+        self.settings, self.cutting = settings, Cutting(settings["slices"], *settings["range"])
+        self.bad: list[BadSlice] = []
+        self.stop = threading.Event()
+        self.rows = {row["session"]: row for row in read_cases(out)}
+        there = Counter(person_of(path) for path in self.slices_of("*"))
+        self.whole = {session for session, row in self.rows.items()
+                      if there[f"case_{int(row['case']):03d}"] == int(row["slices"])}
+
+    def slices_of(self, case: str) -> list[Path]:
+        return sorted(self.out.glob(f"keras_png_slices_*/case_{case}_slice_*.nii.png"))
+
+    def is_there(self, session: str) -> bool:
+        return session in self.whole or (self.staged / session).is_dir()
+
+    def run(self, tars: list[Path], scans: list[Scan], workers: int) -> None:
+        """Stages all that is not whole yet, one volume per worker in memory at a time.
+
+        A tar is worked off by one worker: unpacking it takes longer than cutting, and cannot be
+        shared out. Raises UserError for bad scans unless they are to be skipped.
+        """
+        for left_over in self.staged.glob(".*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        total = sum(tar.stat().st_size for tar in tars) // 2**20 + len(scans)
+        with progress_bar(total, "preparing", "MB" if tars else "session") as bar, \
+                ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(self.stage_tar, tar, bar) for tar in tars]
+            jobs += [pool.submit(self.stage, scan, bar) for scan in scans]
+            try:
+                for job in jobs:
+                    job.result()
+            finally:  # after an error or Ctrl-C too
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)
+        if self.bad and not self.skip_bad:
+            raise BadSlices(self.bad, max(len(scans), len(self.bad)), "files")
+        if self.bad:
+            print(f"warning: goes on without {len(self.bad)}: {listing(self.bad)}",
+                  file=sys.stderr)
+
+    def stage(self, scan: Scan, bar: tqdm | None = None) -> None:
+        """Cuts one scan into OUT/.staged/SESSION, unless that is there."""
+        if not self.stop.is_set() and not self.is_there(scan.session):
+            bad, slices = [], {}
+            try:
+                slices = scan.cut(bad)
+            except BadSlice as error:
+                bad.append(error)
+            self.bad += bad
+            if slices and (self.skip_bad or not bad):
+                temporary = self.staged / f".{scan.session}.tmp"
+                for number, pixels in slices.items():
+                    save_png(torch.from_numpy(pixels), temporary / f"{number}.png")
+                write_json(temporary / "scan.json", {
+                    **scan.facts, "session": scan.session, "source": scan.source,
+                    "person": scan.person or scan.session, "slices": len(slices)})
+                os.replace(temporary, self.staged / scan.session)
+        if bar is not None:
+            bar.update()
+
+    def stage_tar(self, tar: Path, bar: tqdm) -> None:
+        """Stages the T88 volumes of a disc's tar file, read once from front to back."""
+        try:
+            for scan in self.scans_in(tar, bar):
+                self.stage(scan)
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            self.bad.append(BadSlice(tar, f"is cut short or no tar file ({error})",
+                                     "download it again (the sessions before are kept)"))
+
+    def scans_in(self, tar: Path, bar: tqdm) -> Iterator[Scan]:
+        """The scans of a tar file, each with its two files open; notes the sessions' texts."""
+        halves: dict[str, dict] = {}
+        seen = 0
+        with tar.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as members:
+            for member in members:
+                bar.update(raw.tell() // 2**20 - seen)
+                seen = raw.tell() // 2**20
+                name = Path(member.name).name
+                if self.stop.is_set():
+                    return
+                if re.fullmatch(r"OAS1_\d+_MR\d+\.txt", name) and member.isfile():
+                    text = members.extractfile(member).read()
+                    write_atomic(self.staged / name, lambda file: file.write(text))
+                match = T88.fullmatch(name)
+                if not match or not member.isfile() or self.is_there(match[1]):
+                    continue
+                pair = halves.setdefault(match[1], {})
+                # The half that comes first waits on the disk, whatever the order.
+                pair[match[2]] = io.BytesIO() if pair else tempfile.TemporaryFile(dir=self.staged)
+                shutil.copyfileobj(members.extractfile(member), pair[match[2]])
+                pair[match[2]].seek(0)
+                if len(pair) == 2:
+                    pair = halves.pop(match[1])
+                    where = f"{tar}:{member.name.removesuffix('.img').removesuffix('.hdr')}.hdr"
+                    yield Scan(match[1], person_of(Path(name)), where, lambda bad: cut_pair(
+                        pair["hdr"], pair["img"], self.cutting, where), {})
+        for session in halves:
+            self.bad.append(BadSlice(f"{tar}:{session}", "has only one of .hdr and .img",
+                                     "download the disc again"))
+
+    def finish(self) -> None:
+        """Gives numbers and splits out, writes cases.csv, and moves the slices to their places.
+
+        Raises UserError if a person stands in two splits, or a picture does.
+        """
+        new = [json.loads(path.read_text()) for path in sorted(self.staged.glob("*/scan.json"))]
+        for row in new:
+            text = self.staged / f"{row['session']}.txt"
+            row |= read_facts(text) if text.exists() else {}
+        self.give_splits(new)
+        numbers = {int(row["case"]) for row in self.rows.values()}
+        for row in new:
+            own = re.fullmatch(r"case_(\d+)", row["session"])
+            number = int(own[1]) if own and int(own[1]) not in numbers else \
+                max(numbers, default=0) + 1
+            row["case"] = self.rows.get(row["session"], {}).get("case", number)
+            numbers.add(int(row["case"]))
+            self.rows[row["session"]] = row
+        self.refuse_pictures_in_two_splits(new)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, CASE_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(self.rows.values(), key=lambda row: int(row["case"])))
+        write_atomic(self.out / "cases.csv", lambda file: file.write(table.getvalue().encode()))
+        for row in new:
+            folder = self.out / f"keras_png_slices_{row['split']}"
+            folder.mkdir(exist_ok=True)
+            for path in (self.staged / row["session"]).glob("*.png"):
+                os.replace(path, folder / f"case_{int(row['case']):03d}_slice_{path.stem}.nii.png")
+
+    def give_splits(self, new: list[dict]) -> None:
+        """Sets row["split"]: the source's own, or else by person."""
+        known = {row["person"]: row["split"] for row in self.rows.values()}
+        for row in new:
+            if row.get("split") and known.setdefault(row["person"], row["split"]) != row["split"]:
+                raise UserError(f"{row['person']} stands in both {known[row['person']]} and "
+                                f"{row['split']} of the source; move each person to one split")
+        split_of = assign_splits([row["person"] for row in new], known, self.settings["ratios"],
+                                 self.settings["seed"]) if not all(
+            row.get("split") for row in new) else known
+        for row in new:
+            row["split"] = split_of[row["person"]]
+
+    def refuse_pictures_in_two_splits(self, new: list[dict]) -> None:
+        """By the PNG files' bytes, which all come from one encoder."""
+        files = [(row["split"], path) for row in new
+                 for path in sorted((self.staged / row["session"]).glob("*.png"))]
+        files += [(path.parent.name.removeprefix("keras_png_slices_"), path)
+                  for path in self.slices_of("*")]
+        for line in pictures_in_two_splits(
+                (split, str(path.relative_to(self.out)), hashlib.sha1(path.read_bytes()).digest())
+                for split, path in files):
+            raise UserError(f"{self.out}: {line} of the source, and prepare into a new folder")
+
+
+def pictures_in_two_splits(pictures: Iterable[tuple[str, str, bytes]]) -> list[str]:
+    """Of (split, name, digest): a line for each two splits that share pictures."""
+    first, shared = {}, {}
+    for split, name, digest in pictures:
+        other, where = first.setdefault(digest, (split, name))
+        if other != split:
+            shared.setdefault((other, split), []).append(f"{where} and {name}")
+    return [f"{len(pairs)} pictures stand in both {a} and {b}, such as {pairs[0]}; remove one copy"
+            for (a, b), pairs in shared.items()]
+
+
+def prepare(sources: list[Path], out: Path, settings: dict, workers: int, skip_bad: bool) -> None:
+    """Makes the report's layout of any source; what a former call has done is kept.
+
+    Raises UserError for bad sources, or an OUT that is something else.
+    """
+    cutting = Cutting(settings["slices"], *settings["range"])
+    for source in sources:
+        if out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{out}: lies in the source; give another folder")
+    note = out / "prepare.json"
+    try:
+        before = json.loads(note.read_text()) if note.exists() else None
+        if before is None and out.exists() and any(out.iterdir()):
+            raise UserError(f"{out}: is neither empty nor made by prepare; give a new folder")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{note}: cannot be read ({error}); give a new folder") from None
+    if before and before["settings"] != settings:
+        raise UserError(f"{out}: was prepared with {before['settings']}, now {settings}; give "
+                        "those again, or a new folder")
+    found = [find_scans(source, cutting) for source in sources]
+    tars = {f"{tar.name} {tar.stat().st_size}": tar for group, _ in found for tar in group}
+    scans = merge_scans([scan for _, group in found for scan in group])
+    if not before:
+        write_json(note, {"settings": settings, "tars": []})
+    work = Preparation(out, settings, skip_bad)
+    try:
+        with locked(out / ".staged" / "lock", wait=False):
+            done = before["tars"] if before and len(work.whole) == len(work.rows) else []
+            work.run([tar for key, tar in tars.items() if key not in done], scans, workers)
+            work.finish()
+            write_json(note, {"settings": settings,
+                              "tars": sorted({*done, *([] if work.bad else tars)})})
+            shutil.rmtree(work.staged)
+    except BlockingIOError:
+        raise UserError(f"{out}: another prepare is at work on it; wait for it") from None
+    report(work.rows)
+
+
+def merge_scans(scans: list[Scan]) -> list[Scan]:
+    """Each session once: a disc may lie unpacked beside its tar, or twice.
+
+    Raises UserError if two other files have one name.
+    """
+    merged: dict[str, Scan] = {}
+    for scan in scans:
+        other = merged.setdefault(scan.session, scan)
+        if other is not scan and not T88.fullmatch(Path(scan.source).name):
+            raise UserError(f"{scan.source} and {other.source} have one name; prepare them into "
+                            "two folders, or from the folder above them")
+    warn_of_nobody([scan.session for scan in merged.values() if scan.person is None])
+    return list(merged.values())
+
+
+def report(rows: dict[str, dict]) -> None:
+    """Prints what an OUT holds."""
+    for split in SPLITS:
+        of_split = [row for row in rows.values() if row["split"] == split]
+        print(f"{split:9s}{sum(int(row['slices']) for row in of_split):6d} slices  "
+              f"{len(of_split):4d} sessions  {len({row['person'] for row in of_split}):4d} people")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -438,23 +1122,60 @@ def phantom_slices(image_size: int, first_person: int, people: int, per_person: 
 # ---------------------------------------------------------------------------------------------
 
 
-def load_splits(root: Path | None, image_size: int | None, cache: Path | None = None
-                ) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """Images, uint8 (N, H, W), and names of each split of a root, or of the phantoms for None.
+class Split(NamedTuple):
+    """One split in memory: uint8 (N, H, W), and each slice's file name and person."""
 
-    Splits without slices are left out. Raises UserError as the functions above do, or if the
-    splits differ in size.
+    images: np.ndarray
+    names: list[str]
+    people: list[str]
+    crc32: int
+
+
+def load_splits(root: Path | None, image_size: int | None, cache: Path | None = None,
+                skip_bad: bool = False) -> dict[str, Split]:
+    """The splits of a root, or of the phantoms for None; those without slices are left out.
+
+    Raises UserError as the functions above do, or if the splits differ in size or share a
+    picture. Warns of slices that are smaller than the image size.
     """
     if root is None:
         people = {"train": (0, 192), "validate": (192, 16), "test": (208, 16)}
-        return {s: phantom_slices(image_size or 64, *people[s]) for s in SPLITS}
-    loaded = {split: (load_images(files, image_size, cache), [path.name for path in files])
-              for split, files in find_slices(root).items() if files}
-    shapes = {split: images.shape[1:] for split, (images, _) in loaded.items()}
+        phantoms = {s: phantom_slices(image_size or 64, *people[s]) for s in SPLITS}
+        return {s: Split(images, names, [person_of(Path(n)) for n in names], zlib.crc32(images))
+                for s, (images, names) in phantoms.items()}
+    person = person_finder(root)
+    loaded = {}
+    for split, files in find_slices(root).items():
+        if skip_bad and files:
+            files = without_bad(files, image_size, cache)
+        if files:
+            images, crc = load_images(files, image_size, cache)
+            loaded[split] = Split(images, [path.name for path in files],
+                                  [person(path) or path.stem for path in files], crc)
+            warn_if_enlarged(files, image_size)
+    if "train" not in loaded:
+        raise UserError(f"{root}: no slice of train can be used; give another folder")
+    shapes = {split: loaded[split].images.shape[1:] for split in loaded}
     if len(set(shapes.values())) > 1:
         raise UserError(f"{root}: the splits differ in size (" + ", ".join(
             f"{s} {h}x{w}" for s, (h, w) in shapes.items()) + "); give --image-size")
+    for line in pictures_in_two_splits(
+            (split, f"{split}/{name}", (zlib.crc32(image), zlib.adler32(image)))
+            for split, (images, names, *_) in loaded.items()
+            for name, image in zip(names, images)):
+        raise UserError(f"{root}: {line}")
     return loaded
+
+
+def warn_if_enlarged(files: list[Path], image_size: int | None) -> None:
+    """Says that slices are smaller than the image size, by eight of them, since it is cheap."""
+    for path in files[::max(1, len(files) // 8)] if image_size else ():
+        with Image.open(path) as image:
+            if max(image.size) < image_size:
+                print(f"warning: slices such as {path} have {image.width}x{image.height} pixels "
+                      f"and are upsampled to the image size {image_size}; a smaller --image-size "
+                      "loses nothing", file=sys.stderr)
+                return
 
 
 @lru_cache(maxsize=2)
@@ -478,11 +1199,17 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int, rank: int =
 class Slices:
     """Slices of one split, kept as uint8 where that is fastest, handed out as [-1, 1].
 
-    On a GPU the set is copied to the card if it takes less than a quarter of the free memory.
+    positions: float32 (N,), the height of each slice by its number, 0 (lowest of the split) to 1;
+    people: whose each is. On a GPU the set is copied to the card if it takes less than a quarter
+    of the free memory.
     """
 
-    def __init__(self, images: np.ndarray, names: list[str], device: torch.device):
+    def __init__(self, images: np.ndarray, names: list[str], device: torch.device,
+                 people: list[str] | None = None):
         self.names = names
+        self.people = people or [person_of(Path(name)) or name for name in names]
+        numbers = np.array([slice_number(name) for name in names], np.float32)
+        self.positions = (numbers - numbers.min()) / max(1, np.ptp(numbers))
         self.device = device
         self.images = torch.from_numpy(images)
         if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
@@ -512,44 +1239,158 @@ def _to_card(tensor: Tensor, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
+class Facts(NamedTuple):
+    """What inspect notes of one image file."""
+
+    kind: str  # size, format, bits
+    counts: np.ndarray  # of each of 256 grey levels, after square padding
+    digest: bytes  # of the pixels
+    small: np.ndarray  # uint8 (128, 128)
+
+
+def facts_of(image: Image.Image, kind: str) -> Facts:
+    pixels = fit(image, None)
+    counts = np.bincount(pixels.ravel(), minlength=256)
+    counts[0] += max(image.size) ** 2 - pixels.size
+    return Facts(kind, counts, hashlib.blake2b(pixels).digest() + repr(image.size).encode(),
+                 fit(image, 128))
+
+
+def survey(path: Path) -> Facts | BadSlice:
+    """Reads and checks one file."""
+    try:
+        if _file_facts([path]) == [None]:
+            raise BadSlice(path, "cannot be read (a broken link, or no plain file)")
+        image = read_gray(path)
+        check_slice(np.asarray(image), path)
+        with Image.open(path) as header:
+            bits = 16 if header.mode.startswith("I") else 8
+            return facts_of(image, f"{image.width}x{image.height} {header.format} {bits} bits "
+                                   f"{header.mode}")
+    except BadSlice as error:
+        return error
+
+
 def inspect(root: Path | None, picture: Path) -> None:
     """Prints what a root holds, split by split, and saves a picture of random slices.
 
-    Raises UserError as `find_slices` and `decode_all` do.
+    Raises UserError, after the report, if train.py would refuse the root.
     """
-    files = {s: f for s, f in find_slices(root).items() if f} if root else {}
-    splits = {s: (decode_all(f, 128), [path.name for path in f]) for s, f in files.items()} \
-        if root else load_splits(None, 128)
+    person, bad, kept, rows = person_finder(root or Path()), [], {}, []
+    files = find_slices(root, shared_people=True) if root else {}
+    found = {s: survey_all(f) for s, f in files.items() if f} if root else {
+        s: [(Path(name), facts_of(Image.fromarray(image), "phantom"))
+            for name, image in zip(split.names, split.images)]
+        for s, split in load_splits(None, 128).items()}
     print(f"{root or 'phantoms (no data given)'}")
-    rows = []
-    for split, (images, names) in splits.items():
-        people = len({person_of(Path(name)) for name in names} - {None})
-        kinds = Counter(_size_and_mode(path) for path in files.get(split, []))
-        print(f"  {split:9s}{len(images):6d} slices  {people or 'unknown':>4} people  mean grey "
-              f"level {images.mean():5.1f}  black {np.mean(images < 8):4.0%}  "
-              + ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common(3)))
-        chosen = np.random.default_rng(0).choice(len(images), 8, replace=len(images) < 8)
-        rows.append(Slices(images, names, torch.device("cpu"))[np.sort(chosen)])
-    save_grid(torch.cat(rows), picture, columns=8)
-    print(f"8 random slices of each split, row by row: {picture}")
+    for split, results in found.items():
+        bad += [facts for _, facts in results if isinstance(facts, BadSlice)]
+        kept[split] = good = [pair for pair in results if not isinstance(pair[1], BadSlice)]
+        print(f"  {split:9s}{len(good):6d} slices", end="" if good else "\n")
+        if good:
+            describe(good, person)
+            chosen = np.random.default_rng(0).choice(len(good), 8, replace=len(good) < 8)
+            rows += [good[index][1].small for index in sorted(chosen)]
+    troubles = people_in_two_splits(files, person) + pictures_in_two_splits(
+        (split, f"{split}/{path.name}", facts.digest)
+        for split, good in kept.items() for path, facts in good)
+    troubles += [str(BadSlices(bad, sum(map(len, found.values()))))] if bad else []
+    print("  people or pictures in two splits, files that cannot be used: "
+          + ("none" if not troubles else "".join(f"\n    {line}" for line in troubles)))
+    if rows:
+        save_grid(torch.from_numpy(np.stack(rows))[:, None] / 127.5 - 1, picture, columns=8)
+        print(f"8 random slices of each split, row by row: {picture}")
+    if troubles:
+        raise UserError(f"{root}: train.py would refuse it: {troubles[0]}")
 
 
-def _size_and_mode(path: Path) -> str:
-    with Image.open(path) as image:  # decoded before, so it opens
-        return f"{image.width}x{image.height} {image.format} {image.mode}"
+def survey_all(files: list[Path]) -> list[tuple[Path, Facts | BadSlice]]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, \
+            progress_bar(len(files), "reading", "slice") as bar:
+        return [(path, facts) for path, facts in zip(files, pool.map(survey, files))
+                if bar.update() or True]
+
+
+def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
+    """The rest of a split's line, a line of kinds and one with the histogram of grey levels."""
+    counts = np.sum([facts.counts for _, facts in good], axis=0)
+    people = len({person(path) for path, _ in good} - {None})
+    again = len(good) - len({facts.digest for _, facts in good})
+    print(f"  {people or 'unknown':>4} people  mean grey level "
+          f"{counts @ np.arange(256) / counts.sum():5.1f}  black {counts[:8].sum() / counts.sum():4.0%}"
+          f"  {again or 'no'} duplicates")
+    kinds = Counter(facts.kind for _, facts in good)
+    print(f"{'':11s}" + ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common(3))
+          + (f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""))
+    bands = np.append(counts, 0)[8:256].reshape(62, 4).sum(1)
+    marks = " .:-=+*#%@"
+    print(f"{'':11s}grey levels 8 to 255 |" + "".join(
+        marks[round(9 * share)] for share in bands / max(1, bands.max())) + "|")
+
+
+def share_list(text: str) -> tuple[float, ...]:
+    """'0.85,0.1,0.05' -> numbers. Raises argparse's error for anything else."""
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0 or abs(sum(shares) - 1) > 1e-6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three shares that add up to 1, such as "
+                                         "0.85,0.10,0.05")
+    return shares
+
+
+def height_range(text: str) -> tuple[float, float]:
+    """'0.2,0.85' -> numbers. Raises argparse's error for anything else."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = 0
+    if not 0 <= low < high <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two heights from 0 to 1, such as "
+                                         "0.2,0.85")
+    return low, high
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def main() -> None:
-    parser = Parser(
-        description="Shows what a folder of slices holds, before a GPU week is spent on it.")
-    commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("inspect", help="counts, people, sizes, and one picture")
+    parser = Parser(description="Makes slices of OASIS as it comes, and shows what a folder of "
+                                "slices holds before a GPU week is spent on it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare", help="volumes or pictures into slices, by person",
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="a disc's tar.gz, "
+                         "or a folder of discs, NIfTI volumes or pictures")
+    command.add_argument("out", type=Path, metavar="OUT", help="folder for the slices; what is "
+                         "there already is kept")
+    add = partial(command.add_argument)
+    add("--slices", type=natural, default=32, metavar="N", help="slices per volume")
+    add("--range", type=height_range, default="0.2,0.85", metavar="LOW,HIGH",
+        help="first and last slice as shares of the brain's height")
+    add("--ratios", type=share_list, default=",".join(map(str, RATIOS)), metavar="T,V,S",
+        help="shares of the people in train, validate and test, unless the source has splits")
+    add("--seed", type=int, default=0, metavar="K", help="who goes to which split")
+    add("--workers", type=natural, default=os.cpu_count(), metavar="N",
+        help="volumes in memory at a time, one per worker")
+    add("--skip-bad", action="store_true", help="go on without files that cannot be used")
+    command = commands.add_parser("inspect", help="counts, people, sizes, grey levels, duplicates, "
+                                  "bad files, and one picture")
     command.add_argument("root", nargs="?", type=Path, metavar="ROOT",
                          help="folder of slices (default: the built-in phantoms)")
     command.add_argument("--out", type=Path, default=Path("inspect.png"), metavar="FILE",
                          help="where the picture goes (default: %(default)s)")
     args = parser.parse_args(sys.argv[1:] or ["inspect"])
-    inspect(args.root, args.out)
+    if args.command == "inspect":
+        inspect(args.root, args.out)
+    else:
+        settings = {"slices": args.slices, "range": list(args.range), "seed": args.seed,
+                    "ratios": list(args.ratios)}
+        prepare(args.sources, args.out, settings, args.workers, args.skip_bad)
 
 
 if __name__ == "__main__":

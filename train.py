@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -131,6 +130,8 @@ OPTIONS = {
          None, image_size, "S"),
         ("cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", None, Path,
          "DIR"),
+        ("skip-bad", "go on without images that cannot be read or are no MR slices (default: off)",
+         False, bool, None),
         ("flip", "flip slices left to right at random (default: off; anatomy is not symmetric)",
          False, bool, None),
         ("seed", "seed of weights, order, timesteps and noise", 0, seed_number, "K"),
@@ -658,14 +659,15 @@ def prepare(args: argparse.Namespace) -> Run:
     size = None if args.image_size == "native" else args.image_size
     if size is not None:
         make_configs(args, (size, size), device, 0)  # refuses before hours of decoding
-    loaded = load_splits(args.data, size, args.cache)
-    images, count = loaded["train"][0], len(loaded["train"][0])
-    configs = make_configs(args, images.shape[1:], device, zlib.crc32(images))
+    loaded = load_splits(args.data, size, args.cache, args.skip_bad)
+    images, count = loaded["train"].images, len(loaded["train"].images)
+    configs = make_configs(args, images.shape[1:], device, loaded["train"].crc32)
     if count < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {count} slices in "
                         "train; give less")
     folder = args.run or Path("runs") / f"{configs[2].data}-{args.preset}"
-    data = {split: Slices(*loaded[split], device) for split in loaded}
+    data = {name: Slices(split.images, split.names, device, split.people)
+            for name, split in loaded.items()}
     run = Run(folder, *configs, data, device, args.compile)
     if run.checkpoint.exists():
         try:

@@ -114,7 +114,7 @@ def draw_unet(config: UNetConfig) -> None:
 
 def draw_comparison(generated: torch.Tensor, data: Path) -> None:
     """Unpicked generated slices below, a few real ones (one per person of test) above."""
-    images, names = load_splits(data, generated.shape[-1])["test"]
+    images, names, *_ = load_splits(data, generated.shape[-1])["test"]
     people = sorted({person_of(Path(name)) for name in names})[:8]
     rng = np.random.default_rng(0)
     chosen = [rng.choice([i for i, name in enumerate(names) if person_of(Path(name)) == person])
