@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+import nibabel as nib
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -22,8 +23,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset import (Parser, Slices, load_splits, person_of, phantom_slices, run_cli,  # noqa: E402
-                     save_grid, to_uint8)
+from dataset import (Cutting, Parser, Slices, cut_volume, draw_phantom, load_splits,  # noqa: E402
+                     person_of, phantom_slices, run_cli, save_grid, to_uint8, upright)
 from modules import UNet, UNetConfig, choose_dtype  # noqa: E402
 from predict import SHIPPED, STRIP_LENGTH, load_model, sample_batch  # noqa: E402
 
@@ -112,6 +113,28 @@ def draw_unet(config: UNetConfig) -> None:
     figure.savefig(IMAGES / "unet.png", dpi=110)
 
 
+def draw_preparation() -> None:
+    """A phantom volume as four scanners might store it, and the slices that come of each."""
+    planes = [draw_phantom(128, 3, height) for height in np.linspace(0, 1, 64)]
+    volume = np.pad(np.stack(planes)[:, ::-1].transpose(2, 1, 0), ((0, 0), (0, 0), (4, 4)))
+    las = nib.Nifti1Image(volume, np.diag([-1, 1, 2, 1]))  # from right to left, front, up
+    figure, axes = plt.subplots(4, 5, figsize=(8.4, 6.8), layout="constrained")
+    for row, codes in zip(axes, ("LAS", "RPI", "PSR", "AIL")):
+        turn = nib.orientations.ornt_transform(nib.io_orientation(las.affine),
+                                               nib.orientations.axcodes2ornt(tuple(codes)))
+        stored = las.as_reoriented(turn)
+        middle = np.asarray(stored.dataobj)[:, :, stored.shape[2] // 2]
+        row[0].imshow(middle, cmap="gray", aspect="auto" if codes[:2] != "LA" else None)
+        row[0].set_title(f"as stored: axes to {codes}", fontsize=9)
+        slices = cut_volume(*upright(stored, "phantom.nii"), Cutting(32), "phantom.nii")
+        for panel, number in zip(row[1:], (0, 10, 20, 31)):
+            panel.imshow(slices[number], cmap="gray", vmin=0, vmax=255)
+            panel.set_title(f"slice_{number}", fontsize=9)
+        for panel in row:
+            panel.set_axis_off()
+    figure.savefig(IMAGES / "preparation.png", dpi=100)
+
+
 def draw_comparison(generated: torch.Tensor, data: Path) -> None:
     """Unpicked generated slices below, a few real ones (one per person of test) above."""
     images, names, *_ = load_splits(data, generated.shape[-1])["test"]
@@ -162,6 +185,7 @@ def main() -> None:
     draw_unet(model.net.config)
     phantoms = phantom_slices(128, 0, 8, 2)
     save_grid(Slices(*phantoms, CPU)[np.arange(16)], IMAGES / "phantoms.png", columns=8)
+    draw_preparation()
     generated = []
     for first in range(0, 64, 16):
         states = list(sample_batch(model, list(range(first, first + 16)), 16, 50, "ddim", 0.0, CPU,
