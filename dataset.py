@@ -662,23 +662,17 @@ def cut_volume(volume: np.ndarray, zooms: tuple[float, float], cutting: Cutting,
         raise BadSlice(name, f"its brain is {high - low + 1} planes high, too low for "
                        f"{cutting.slices} slices", "give fewer --slices or a wider --range")
     width, height = (round(n * mm / min(zooms)) for n, mm in zip(volume.shape, zooms))
-    return {number: fit_square(Image.fromarray(plane).resize(
-        (width, height), Image.Resampling.BICUBIC)) for number, plane in enumerate(levels)}
+    return {number: fit(Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC),
+                        max(width, height)) for number, plane in enumerate(levels)}
 
 
-def fit_square(image: Image.Image) -> np.ndarray:
-    """Black padding alone: mode L or F -> uint8 (S, S)."""
-    return fit(image, max(image.size))
-
-
-@contextlib.contextmanager
-def named_errors(name: str) -> Iterator[None]:
-    """Turns whatever a damaged volume makes its reader raise into a BadSlice."""
+def cut(load: Callable, cutting: Cutting, name: str) -> dict[int, np.ndarray]:
+    """The slices of the nibabel image that load() gives; see `cut_volume`. Raises BadSlice."""
     try:
-        yield
+        return cut_volume(*upright(load(), name), cutting, name)
     except (UserError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # a damaged file can make the reader raise anything
         words = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise BadSlice(name, f"cannot be read ({words or type(error).__name__})") from None
 
@@ -688,20 +682,17 @@ def cut_file(path: Path, cutting: Cutting) -> dict[int, np.ndarray]:
     import nibabel as nib
 
     need_plain_file(path)
-    with named_errors(str(path)):
-        # OASIS-1's header fields beyond 7.5 mean nothing; nibabel's guess may be SPM's dialect.
-        load = nib.AnalyzeImage.from_filename if T88.fullmatch(path.name) else nib.load
-        return cut_volume(*upright(load(path), str(path)), cutting, str(path))
+    # OASIS-1's header fields beyond 7.5 mean nothing; nibabel's guess may be SPM's dialect.
+    load = nib.AnalyzeImage.from_filename if T88.fullmatch(path.name) else nib.load
+    return cut(partial(load, path), cutting, str(path))
 
 
 def cut_pair(header, voxels, cutting: Cutting, name: str) -> dict[int, np.ndarray]:
     """The slices of an Analyze volume out of two open files; see `cut_volume`. Raises BadSlice."""
     import nibabel as nib
 
-    with named_errors(name):
-        image = nib.AnalyzeImage.from_file_map({"header": nib.FileHolder(fileobj=header),
-                                                "image": nib.FileHolder(fileobj=voxels)})
-        return cut_volume(*upright(image, name), cutting, name)
+    files = {"header": nib.FileHolder(fileobj=header), "image": nib.FileHolder(fileobj=voxels)}
+    return cut(partial(nib.AnalyzeImage.from_file_map, files), cutting, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -723,6 +714,10 @@ class Scan:
     facts: dict[str, str]  # split or class, where the source has them; age, sex, cdr
 
 
+def _not_listed(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable")
+
+
 def find_scans(source: Path, cutting: Cutting) -> tuple[list[Path], list[Scan]]:
     """The tar files, and the other scans, of a source.
 
@@ -733,8 +728,8 @@ def find_scans(source: Path, cutting: Cutting) -> tuple[list[Path], list[Scan]]:
         raise UserError(f"{source}: no such file or folder; prepare takes a disc's tar.gz, or a "
                         "folder of volumes or pictures")
     files = [source] if not source.is_dir() else sorted(
-        Path(folder) / name for folder, folders, names in os.walk(source) for name in names
-        if not name.startswith("."))
+        Path(folder) / name for folder, _, names in os.walk(source, onerror=_not_listed)
+        for name in names if not name.startswith("."))
     tars = [path for path in files if path.name.endswith((".tar.gz", ".tgz", ".tar"))]
     volumes = [path for path in files if T88.fullmatch(path.name) and path.suffix == ".hdr"]
     if tars or volumes:
@@ -816,7 +811,7 @@ def cut_pictures(paths: list[Path], bad: list[BadSlice]) -> dict[int, np.ndarray
         try:
             image = read_gray(path)
             check_slice(np.asarray(image), path)
-            slices[slice_number(path.name)] = fit_square(image)
+            slices[slice_number(path.name)] = fit(image, max(image.size))
         except BadSlice as error:
             bad.append(error)
     return slices
@@ -835,13 +830,18 @@ class Preparation:
         self.settings, self.cutting = settings, Cutting(settings["slices"], *settings["range"])
         self.bad: list[BadSlice] = []
         self.stop = threading.Event()
-        self.rows = {row["session"]: row for row in read_cases(out)}
-        there = Counter(person_of(path) for path in self.slices_of("*"))
-        self.whole = {session for session, row in self.rows.items()
-                      if there[f"case_{int(row['case']):03d}"] == int(row["slices"])}
+        there = Counter(person_of(path) for path in self.slices())
+        try:
+            self.rows = {row["session"]: row for row in read_cases(out)}
+            self.whole = {session for session, row in self.rows.items()
+                          if there[f"case_{int(row['case']):03d}"] == int(row["slices"])
+                          and row["split"] in SPLITS and row["person"]}
+        except (KeyError, ValueError, TypeError):
+            raise UserError(f"{out / 'cases.csv'}: is not as prepare wrote it; prepare into a new "
+                            "folder") from None
 
-    def slices_of(self, case: str) -> list[Path]:
-        return sorted(self.out.glob(f"keras_png_slices_*/case_{case}_slice_*.nii.png"))
+    def slices(self) -> list[Path]:
+        return sorted(self.out.glob("keras_png_slices_*/case_*_slice_*.nii.png"))
 
     def is_there(self, session: str) -> bool:
         return session in self.whole or (self.staged / session).is_dir()
@@ -979,7 +979,7 @@ class Preparation:
         files = [(row["split"], path) for row in new
                  for path in sorted((self.staged / row["session"]).glob("*.png"))]
         files += [(path.parent.name.removeprefix("keras_png_slices_"), path)
-                  for path in self.slices_of("*")]
+                  for path in self.slices()]
         for line in pictures_in_two_splits(
                 (split, str(path.relative_to(self.out)), hashlib.sha1(path.read_bytes()).digest())
                 for split, path in files):
@@ -1013,8 +1013,8 @@ def prepare(sources: list[Path], out: Path, settings: dict, workers: int, skip_b
             raise UserError(f"{out}: is neither empty nor made by prepare; give a new folder")
     except (OSError, ValueError) as error:
         raise UserError(f"{note}: cannot be read ({error}); give a new folder") from None
-    if before and before["settings"] != settings:
-        raise UserError(f"{out}: was prepared with {before['settings']}, now {settings}; give "
+    if before and before.get("settings") != settings:
+        raise UserError(f"{out}: was prepared with {before.get('settings')}, now {settings}; give "
                         "those again, or a new folder")
     found = [find_scans(source, cutting) for source in sources]
     tars = {f"{tar.name} {tar.stat().st_size}": tar for group, _ in found for tar in group}
@@ -1032,6 +1032,9 @@ def prepare(sources: list[Path], out: Path, settings: dict, workers: int, skip_b
             shutil.rmtree(work.staged)
     except BlockingIOError:
         raise UserError(f"{out}: another prepare is at work on it; wait for it") from None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); free some space and give "
+                        "the same command again") from None
     report(work.rows)
 
 
@@ -1324,8 +1327,8 @@ def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
     people = len({person(path) for path, _ in good} - {None})
     again = len(good) - len({facts.digest for _, facts in good})
     print(f"  {people or 'unknown':>4} people  mean grey level "
-          f"{counts @ np.arange(256) / counts.sum():5.1f}  black {counts[:8].sum() / counts.sum():4.0%}"
-          f"  {again or 'no'} duplicates")
+          f"{counts @ np.arange(256) / counts.sum():5.1f}  black "
+          f"{counts[:8].sum() / counts.sum():4.0%}  {again or 'no'} duplicates")
     kinds = Counter(facts.kind for _, facts in good)
     print(f"{'':11s}" + ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common(3))
           + (f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""))
@@ -1335,33 +1338,21 @@ def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
         marks[round(9 * share)] for share in bands / max(1, bands.max())) + "|")
 
 
-def share_list(text: str) -> tuple[float, ...]:
-    """'0.85,0.1,0.05' -> numbers. Raises argparse's error for anything else."""
-    try:
-        shares = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        shares = ()
-    if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0 or abs(sum(shares) - 1) > 1e-6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not three shares that add up to 1, such as "
-                                         "0.85,0.10,0.05")
-    return shares
+def numbers(count: int, fits: Callable, wanted: str) -> Callable:
+    """An argparse type: numbers between commas, with a check and its words for the error line."""
+    def parse(text: str) -> tuple[float, ...]:
+        with contextlib.suppress(ValueError):
+            values = tuple(float(part) for part in text.split(","))
+            if len(values) == count and fits(*values):
+                return values
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return parse
 
 
-def height_range(text: str) -> tuple[float, float]:
-    """'0.2,0.85' -> numbers. Raises argparse's error for anything else."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low = high = 0
-    if not 0 <= low < high <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two heights from 0 to 1, such as "
-                                         "0.2,0.85")
-    return low, high
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+def whole(text: str, least: int = 1) -> int:
+    """An argparse type: a whole number."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
     return int(text)
 
 
@@ -1375,14 +1366,19 @@ def main() -> None:
                          "or a folder of discs, NIfTI volumes or pictures")
     command.add_argument("out", type=Path, metavar="OUT", help="folder for the slices; what is "
                          "there already is kept")
-    add = partial(command.add_argument)
-    add("--slices", type=natural, default=32, metavar="N", help="slices per volume")
-    add("--range", type=height_range, default="0.2,0.85", metavar="LOW,HIGH",
+    add = command.add_argument
+    add("--slices", type=whole, default=32, metavar="N", help="slices per volume")
+    add("--range", type=numbers(
+        2, lambda low, high: 0 <= low < high <= 1, "two heights from 0 to 1, such as 0.2,0.85"),
+        default="0.2,0.85", metavar="LOW,HIGH",
         help="first and last slice as shares of the brain's height")
-    add("--ratios", type=share_list, default=",".join(map(str, RATIOS)), metavar="T,V,S",
+    add("--ratios", type=numbers(
+        3, lambda *r: r[0] > 0 and min(r) >= 0 and abs(sum(r) - 1) < 1e-6,
+        "three shares that add up to 1, such as 0.85,0.10,0.05"),
+        default=",".join(map(str, RATIOS)), metavar="T,V,S",
         help="shares of the people in train, validate and test, unless the source has splits")
-    add("--seed", type=int, default=0, metavar="K", help="who goes to which split")
-    add("--workers", type=natural, default=os.cpu_count(), metavar="N",
+    add("--seed", type=partial(whole, least=0), default=0, metavar="K", help="who goes to which split")
+    add("--workers", type=whole, default=os.cpu_count(), metavar="N",
         help="volumes in memory at a time, one per worker")
     add("--skip-bad", action="store_true", help="go on without files that cannot be used")
     command = commands.add_parser("inspect", help="counts, people, sizes, grey levels, duplicates, "

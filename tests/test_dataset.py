@@ -1,6 +1,7 @@
 """Slices in, [-1, 1] out: layouts, padding, range, cache, batches, phantoms, and bad input."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -201,6 +202,33 @@ def test_decoded_once(counted):
     assert (load_images(files, 16, cache)[0] == first).all() and len(decoded) == 3
     load_images(files, 8, cache)
     assert len(decoded) == 6
+
+
+def test_many_at_once_decode_once(counted):
+    """As the processes of a multi-GPU run do: one decodes, the others wait, and all share it."""
+    files, cache, decoded = counted
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: load_images(files, 16, cache), range(4)))
+    assert len(decoded) == 3
+    assert all((images == found[0][0]).all() and crc == found[0][1] for images, crc in found)
+    assert isinstance(found[0][0], np.memmap)
+
+
+def test_a_full_disk_is_no_reason_to_stop(counted, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    files, cache, _ = counted
+    monkeypatch.setattr(dataset.os, "posix_fallocate", full)
+    assert len(load_images(files, 16, cache)[0]) == 3 and not list(cache.iterdir())
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_each_slice_knows_its_height_and_its_person():
+    names = [f"case_00{person}_slice_{number}.png" for person in (1, 2) for number in (4, 2, 6)]
+    slices = Slices(np.zeros((6, 2, 2), np.uint8), names, CPU)
+    assert slices.positions.dtype == np.float32
+    assert slices.positions.tolist() == [0.5, 0, 1] * 2
+    assert slices.people == ["case_001"] * 3 + ["case_002"] * 3
 
 
 def test_a_changed_file_is_decoded_again(counted):

@@ -1,4 +1,4 @@
-"""Every shape that OASIS comes in goes in and comes out alike; what would spoil a run is refused."""
+"""Every shape that OASIS comes in comes out alike; what would spoil a run is refused."""
 
 import csv
 import io
@@ -25,8 +25,9 @@ FEW = ["--slices", 4]
 def anatomy(shape=T88_SHAPE, seed=0):
     """An asymmetric head, (X, Y, Z) from right to left, back to front and low to high, float.
 
-    An upright elliptic cylinder with texture; a bright nose in front, a bright ear on the patient's right, and a
-    dark hole on the left at the back, so that no turn or mirror image of it looks the same.
+    An upright elliptic cylinder with texture; a bright nose in front, a bright ear on the
+    patient's right, and a dark hole on the left at the back, so that no turn or mirror image of
+    it looks the same.
     """
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True)
     rng = np.random.default_rng(seed)
@@ -572,6 +573,13 @@ def test_sources_and_folders_that_do_not_do(tmp_path, refused, run):
     attempt([folder, tmp_path / "o2", "--seed", "5"], "was prepared with", "a new folder")
     (tmp_path / "o2" / "cases.csv").write_bytes(b"\xff\0")
     attempt([folder, tmp_path / "o2"], "cases.csv: cannot be read", "remove it")
+    (tmp_path / "o2" / "cases.csv").write_text("case,session\n1,x\n")
+    attempt([folder, tmp_path / "o2"], "cases.csv: is not as prepare wrote it", "new folder")
+    attempt([folder, tmp_path / "o3", "--seed=-1"], "--seed", "'-1'")
+    with dataset.locked(tmp_path / "o4" / ".staged" / "lock"):
+        (tmp_path / "o4" / "prepare.json").write_text(
+            (tmp_path / "o2" / "prepare.json").read_text())
+        attempt([folder, tmp_path / "o4"], "another prepare is at work on it")
 
 
 def test_cases_csv_tells_people_that_come_again(discs, tmp_path, run):
