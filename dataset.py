@@ -1377,7 +1377,8 @@ def main() -> None:
         "three shares that add up to 1, such as 0.85,0.10,0.05"),
         default=",".join(map(str, RATIOS)), metavar="T,V,S",
         help="shares of the people in train, validate and test, unless the source has splits")
-    add("--seed", type=partial(whole, least=0), default=0, metavar="K", help="who goes to which split")
+    add("--seed", type=partial(whole, least=0), default=0, metavar="K",
+        help="who goes to which split")
     add("--workers", type=whole, default=os.cpu_count(), metavar="N",
         help="volumes in memory at a time, one per worker")
     add("--skip-bad", action="store_true", help="go on without files that cannot be used")

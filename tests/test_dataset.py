@@ -295,7 +295,8 @@ def test_many_unreadable_files_are_named_up_to_ten(tmp_path):
     for i in range(12):
         files.append(tmp_path / f"bad_{i:02d}.png")
         files[-1].write_text("x")
-    with pytest.raises(UserError, match=r"12 of 12 images.*bad_00.*bad_09.*\.\.\..*--skip-bad") as caught:
+    with pytest.raises(UserError, match=r"12 of 12 images.*bad_00.*bad_09.*\.\.\..*--skip-bad"
+                       ) as caught:
         load_images(files, 16)
     assert "bad_10" not in str(caught.value)
 

@@ -326,12 +326,12 @@ def test_new_people_do_not_move_old_ones(tmp_path, run):
         shades(number).save(folder / f"case_{number:03d}_slice_0.png")
     run("prepare", tmp_path / "s", tmp_path / "o")
     before = {r["person"]: r["split"] for r in table(tmp_path / "o")}
-    for number in range(9, 31):
+    for number in range(9, 41):
         shades(number).save(tmp_path / "s" / f"case_{number:03d}_slice_0.png")
     run("prepare", tmp_path / "s", tmp_path / "o")
     after = {r["person"]: r["split"] for r in table(tmp_path / "o")}
-    assert before.items() <= after.items() and len(after) == 30
-    assert [list(after.values()).count(s) for s in dataset.SPLITS] == [25, 3, 2]
+    assert before.items() <= after.items() and len(after) == 40
+    assert [list(after.values()).count(s) for s in dataset.SPLITS] == [34, 4, 2]
 
 
 @pytest.mark.parametrize("moment", ["stage", "finish", "move"])

@@ -125,7 +125,7 @@ def main() -> None:
         write_slices(folder, args.count)
         files = sorted((folder / "train").iterdir())
         start = time.perf_counter()
-        images = load_images(files, 256, cache)
+        images, _ = load_images(files, 256, cache)
         cold = time.perf_counter() - start
         cached = timed(lambda: load_images(files, 256, cache), args.repeats)
         ours = our_batches(images, args.batch_size, device, args.repeats)
