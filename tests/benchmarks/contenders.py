@@ -5,6 +5,7 @@ Ours is train.py itself. The others get the same net where they can (diffusers: 
 the same uint8 slices, and their own loop, optimiser and averaged weights.
 """
 
+import modules
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,15 @@ def count_flops(net: torch.nn.Module, channels: int, size: int) -> int:
 # Training --------------------------------------------------------------------------------------
 
 
-def ours(device: torch.device, size: int, batch_size: int, options: tuple[str, ...] = ()):
-    """train.py's own step."""
-    keep_freed_memory()
+def ours(device: torch.device, size: int, batch_size: int, options: tuple[str, ...] = (),
+         without: tuple[str, ...] = ()):
+    """train.py's own step; `without` some of what makes it fast, to see what each brings."""
+    if "memory" not in without:
+        keep_freed_memory()
+    if "norm" in without:
+        modules.GroupNorm.forward = torch.nn.GroupNorm.forward
+    if "attention" in without:
+        modules.attend = F.scaled_dot_product_attention
     images = uint8_slices(size)
     data = {"train": Slices(images, [f"phantom_{i}" for i in range(len(images))], device)}
     run = Run("unused", *our_configs(size, batch_size, device, *options), data, device,

@@ -17,7 +17,11 @@ from dataset import run_cli
 from modules import UNet, choose_dtype
 
 
-def build(size: int, batch_size: int, device: torch.device, compiled: bool
+ABLATIONS = {"kept memory": ("memory",), "GroupNorm": ("norm",), "attention": ("attention",),
+             "any of the three": ("memory", "norm", "attention")}
+
+
+def build(size: int, batch_size: int, device: torch.device, compiled: bool, ablate: bool
           ) -> tuple[dict, list[Contender], dict]:
     """FLOPs per image by contender's name, the contenders, and the machine's own kernels."""
     dtype = choose_dtype("auto", device)
@@ -26,6 +30,9 @@ def build(size: int, batch_size: int, device: torch.device, compiled: bool
     flops = count_flops(UNet(config), 1, size)
     same = dict(size=size, batch_size=batch_size)
     contenders = [Contender("ours", ours, device, **same)]
+    if ablate:
+        contenders += [Contender(f"ours without {key}", ours, device, without=without, **same)
+                       for key, without in ABLATIONS.items()]
     if compiled:
         contenders.append(Contender("ours, compiled", ours, device, options=("--compile",),
                                     **same))
@@ -53,10 +60,10 @@ def build(size: int, batch_size: int, device: torch.device, compiled: bool
     return per_image, contenders, limits
 
 
-def compare(size: int, batch_size: int, device: torch.device, repeats: int, compiled: bool
-            ) -> dict:
+def compare(size: int, batch_size: int, device: torch.device, repeats: int, compiled: bool,
+            ablate: bool) -> dict:
     print(f"{size} px, batch {batch_size}", flush=True)
-    per_image, contenders, limits = build(size, batch_size, device, compiled)
+    per_image, contenders, limits = build(size, batch_size, device, compiled, ablate)
     take_turns(contenders + [kernel for kernel, _ in limits.values()], repeats)
     rates = {name: work / kernel.seconds / 1e9 for name, (kernel, work) in limits.items()}
     rows = []
@@ -98,13 +105,16 @@ def main() -> None:
                              "CPU, as 64 slices of 128 px on a GPU)")
     parser.add_argument("--no-compile", action="store_true",
                         help="leave out the compiled contenders (minutes each at start on a CPU)")
+    parser.add_argument("--ablate", action="store_true",
+                        help="ours also without each of what makes it fast on a CPU")
     args = parser.parse_args()
     device = bench.find_device(args.device)
     on_cpu = device.type == "cpu"
     results = []
     for size in args.sizes or ((32, 64, 128) if on_cpu else (64, 128, 256)):
         batch = args.batch_size or max(1, (16 * 64**2 if on_cpu else 64 * 128**2) // size**2)
-        results.append(compare(size, batch, device, args.repeats, not args.no_compile))
+        results.append(compare(size, batch, device, args.repeats, not args.no_compile,
+                               args.ablate))
         show(results[-1])
     if not results:
         raise UserError("--sizes: give at least one")
