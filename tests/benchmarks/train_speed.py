@@ -73,8 +73,9 @@ def compare(size: int, batch_size: int, device: torch.device, repeats: int, comp
         speed = batch_size / c.seconds
         rate = speed * per_image[c.name] / 1e9
         rows.append(dict(name=c.name, images_per_second=speed,
-                         gflop_per_image=per_image[c.name] / 1e9, gflop_per_second=rate, share=rate / rates["3x3 convolution"],
-                         peak_gib=c.memory, start_seconds=c.start_seconds))
+                         gflop_per_image=per_image[c.name] / 1e9, gflop_per_second=rate,
+                         share=rate / rates["3x3 convolution"], peak_gib=c.memory,
+                         start_seconds=c.start_seconds))
     own = rows[0]
     for row in rows:
         row["ours_is_faster_by"] = own["gflop_per_second"] / row["gflop_per_second"]
