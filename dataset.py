@@ -54,6 +54,8 @@ RATIOS = (0.85, 0.10, 0.05)  # near the 9,664 / 1,120 / 544 slices of the report
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
 LARGEST_SIDE = 8192  # pixels; beyond it, a file is no slice, and padding would eat the memory
+# A CPU's allocator raises a plain RuntimeError, told by its text alone.
+OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory"
 CACHE_VERSION = 2  # raise it when the same files would decode to other pixels, or be refused
 CASE_COLUMNS = ("case", "split", "person", "session", "class", "age", "sex", "cdr", "slices",
                 "source")
@@ -79,9 +81,7 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, MemoryError, RuntimeError) as error:
-        # A CPU's allocator raises a plain RuntimeError, told by its text alone.
-        if isinstance(error, RuntimeError) and not re.search(
-                "out of memory|allocate memory|not enough memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
         text = str(error) if isinstance(error, UserError) else (
             "out of memory; give a smaller --batch-size, --image-size or --num")
@@ -104,6 +104,10 @@ def write_atomic(path: Path, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # not every file system can
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # the new name, too, outlives a power cut
+            os.close(folder)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space "
                         "or choose another folder") from None

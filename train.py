@@ -3,19 +3,26 @@
     python train.py                          phantoms, a few minutes on two cores
     python train.py --data ROOT              real slices at 64 pixels
     python train.py --data ROOT --preset 128
+    torchrun --standalone --nproc-per-node gpu -- train.py --data ROOT --preset 128
 
-Everything goes to one run folder: checkpoint.pt, config.json, metrics.csv, loss.png, samples/ and,
-at the end, results.json and model.safetensors (the averaged weights in half precision). The same
-command again continues where the run stopped, also after Ctrl-C, SIGTERM or SIGUSR1.
+Everything goes to one run folder: checkpoint.pt and the one before it, config.json, metrics.csv,
+loss.png, samples/ and, at the end, results.json and model.safetensors (the averaged weights in half
+precision). The same command again continues where the run stopped, on any number of processes:
+after Ctrl-C, SIGTERM, SIGUSR1 or --max-hours at that very step, else at the last checkpoint.
 """
 
 import argparse
 import contextlib
 import csv
+import datetime
+import hashlib
+import importlib.util
 import io
 import json
 import math
+import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -24,18 +31,22 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from dataset import (Parser, Slices, UserError, batch_indices, load_splits, run_cli, save_grid,
-                     write_atomic)
+from dataset import (OUT_OF_MEMORY, Parser, Slices, UserError, batch_indices, load_splits,
+                     run_cli, save_grid, write_atomic)
 from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
                      choose_device, choose_dtype, keep_freed_memory, make_scheduler_config,
                      reverse_process, run_net, seeded_noise)
@@ -43,7 +54,12 @@ from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNet
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
 
+STARTED = time.monotonic()  # --max-hours counts from here
+# For a process that hangs; one that died is noticed by torchrun or srun at once. It has to outlast
+# what only one process does, the decoding of all slices above all.
+TIMEOUT = datetime.timedelta(hours=1)
 FORMAT = "oasis-diffusion-1"
+SEAL = b"sha256:"
 EVAL_SEED = 2**31  # far from the seeds that people give their slices
 QUARTILES = ("q1", "q2", "q3", "q4")
 COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUARTILES),
@@ -59,8 +75,8 @@ class TrainConfig:
     """What a run is, beside its net and its diffusion; the fields are train.py's options.
 
     Stored in every checkpoint. On equal CPUs, two runs with equal configs are equal bit for bit.
-    When a run is continued, `steps` may grow, and `data`, the folder's name, may change; what
-    is in it, `data_crc32`, may not.
+    When a run is continued, `steps` may grow, and `accumulate` and `data`, the folder's name, may
+    change; what is in it, `data_crc32`, may not.
     """
 
     data: str
@@ -122,55 +138,54 @@ fraction = number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 # Every option: name, what it means with its unit, default (None: the preset's), and its type.
 OPTIONS = {
     "data and run": [
-        ("data", "folder of slices (default: built-in phantoms)", None, Path, "ROOT"),
-        ("run", "run folder (default: runs/DATA-PRESET)", None, Path, "DIR"),
+        ("data", "folder of slices (default: built-in phantoms)", None, Path),
+        ("run", "run folder (default: runs/DATA-PRESET)", None, Path),
         ("preset", "net and hyperparameters, below (default: 64 with --data, else quick)", None,
-         tuple(PRESETS), None),
+         tuple(PRESETS)),
         ("image-size", "side in pixels after square padding, or 'native' for the slices' own size",
-         None, image_size, "S"),
-        ("cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", None, Path,
-         "DIR"),
+         None, image_size),
+        ("cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", None, Path),
         ("skip-bad", "go on without images that cannot be read or are no MR slices (default: off)",
-         False, bool, None),
+         False, bool),
         ("flip", "flip slices left to right at random (default: off; anatomy is not symmetric)",
-         False, bool, None),
-        ("seed", "seed of weights, order, timesteps and noise", 0, seed_number, "K"),
+         False, bool),
+        ("seed", "seed of weights, order, timesteps and noise", 0, seed_number),
     ],
     "optimisation": [
-        ("steps", "optimiser steps in all", None, positive_int, "N"),
-        ("batch-size", "slices per step", None, positive_int, "B"),
-        ("accumulate", "micro-batches that a step is worked off in, to save memory", 1,
-         positive_int, "A"),
-        ("learning-rate", "AdamW's peak learning rate", None, positive_float, "R"),
-        ("warmup-steps", "steps of linear warm-up", 200, natural, "N"),
+        ("steps", "optimiser steps in all", None, positive_int),
+        ("batch-size", "slices per step, of all processes together", None, positive_int),
+        ("accumulate", "pieces that each process works its share off in, to save memory", 1,
+         positive_int),
+        ("learning-rate", "AdamW's peak learning rate", None, positive_float),
+        ("warmup-steps", "steps of linear warm-up", 200, natural),
         ("lr-schedule", "after the warm-up: down to zero at the last step, or constant", "cosine",
-         ("cosine", "constant"), None),
-        ("weight-decay", "AdamW's weight decay, per step and unit of learning rate", 0.0, fraction,
-         "W"),
-        ("grad-clip", "largest gradient norm", 1.0, positive_float, "G"),
-        ("ema-decay", "decay per step of the averaged weights, reached by a ramp", 0.9999, fraction,
-         "D"),
+         ("cosine", "constant")),
+        ("weight-decay", "AdamW's weight decay, per step and unit of learning rate", 0.0, fraction),
+        ("grad-clip", "largest gradient norm", 1.0, positive_float),
+        ("ema-decay", "decay per step of the averaged weights, after a ramp", 0.9999, fraction),
     ],
     "diffusion and net": [
-        ("schedule", "noise schedule", "cosine", SCHEDULES, None),
+        ("schedule", "noise schedule", "cosine", SCHEDULES),
         ("prediction-type", "what the net predicts", "v_prediction",
-         ("epsilon", "v_prediction", "sample"), None),
-        ("num-train-timesteps", "noise levels", 1000, positive_int, "T"),
-        ("block-out-channels", "channels of each level, multiples of 32", None, positive_int, "C"),
-        ("layers-per-block", "residual blocks per level", None, positive_int, "L"),
-        ("attention-up-to", "self-attention on levels whose feature map is S pixels or less", None,
-         natural, "S"),
-        ("dropout", "dropout probability in the residual blocks", None, fraction, "P"),
-        ("patch-size", "side in pixels of the blocks folded into channels", 2, positive_int, "P"),
+         ("epsilon", "v_prediction", "sample")),
+        ("num-train-timesteps", "noise levels", 1000, positive_int),
+        ("block-out-channels", "channels of each level, multiples of 32", None, positive_int),
+        ("layers-per-block", "residual blocks per level", None, positive_int),
+        ("attention-up-to", "self-attention on feature maps of this side or less", None, natural),
+        ("dropout", "dropout probability in the residual blocks", None, fraction),
+        ("patch-size", "side in pixels of the blocks folded into channels", 2, positive_int),
     ],
     "machine": [
-        ("device", "cuda, cuda:1, mps or cpu; auto is the fastest here", "auto", str, "D"),
+        ("device", "cuda, cuda:1, mps or cpu; auto is the fastest here", "auto", str),
         ("dtype", "type the network computes in; auto is bfloat16 where the hardware has it",
-         "auto", ("auto", "float32", "bfloat16"), None),
+         "auto", ("auto", "float32", "bfloat16", "float16")),
         ("compile", "torch.compile the network (default: off; needs a C++ compiler, and one to two "
-         "minutes at start)", False, bool, None),
-        ("log-every", "steps between lines of metrics.csv", 50, positive_int, "N"),
-        ("save-every", "steps between validation, samples and checkpoint", None, positive_int, "N"),
+         "minutes at start)", False, bool),
+        ("log-every", "steps between lines of metrics.csv", 50, positive_int),
+        ("save-every", "steps between validation, samples and checkpoint", None, positive_int),
+        ("keep", "checkpoints to keep beside the newest, to fall back on", 1, positive_int),
+        ("max-hours", "save and end before so long (default: no limit)", None, positive_float),
+        ("tensorboard", "write RUN/tensorboard as well (default: off)", False, bool),
     ],
 }
 
@@ -185,11 +200,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             for name, preset in PRESETS.items()))
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, text, default, kind, metavar in options:
+        for name, text, default, kind in options:
             if default is not None and default is not False:
                 text += f" (default: {default})"
             more = dict(action="store_true") if kind is bool else \
-                dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind, metavar=metavar)
+                dict(choices=kind) if isinstance(kind, tuple) else \
+                dict(type=kind, metavar=name.split("-")[-1].upper())
             if name == "block-out-channels":
                 more["nargs"] = "+"
             group.add_argument(f"--{name}", help=text, default=default, **more)
@@ -211,8 +227,9 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
                 if f.name != "data_crc32"}
     settings["data"] = args.data.resolve().name if args.data else "phantoms"
     settings["dtype"] = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
-    if args.batch_size % args.accumulate:
-        raise UserError(f"--accumulate {args.accumulate} does not divide --batch-size "
+    if args.batch_size % (args.accumulate * world_size()):
+        processes = f" times {world_size()} processes" if world_size() > 1 else ""
+        raise UserError(f"--accumulate {args.accumulate}{processes} does not divide --batch-size "
                         f"{args.batch_size}")
     shape = dict(sample_size=size, block_out_channels=args.block_out_channels,
                  layers_per_block=args.layers_per_block, dropout=args.dropout,
@@ -234,6 +251,21 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
 # ---------------------------------------------------------------------------------------------
 
 
+def seal(data: bytes) -> bytes:
+    """A zip file, as torch.save makes it, with the checksum of all its bytes as its comment.
+
+    torch.load checks no checksum: a flipped bit in a weight would pass.
+    """
+    comment = SEAL + hashlib.sha256(data).hexdigest().encode()
+    return data[:-2] + len(comment).to_bytes(2, "little") + comment
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether a file is as `seal` made it, or was never sealed (its comment is empty then)."""
+    length = len(SEAL) + 64
+    return data[-22:-18] == b"PK\5\6" or seal(data[:-length - 2] + b"\0\0") == data
+
+
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint's contents, on the CPU; only tensors and plain values are ever unpickled.
 
@@ -242,8 +274,13 @@ def read_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        data = path.read_bytes()
+        if not is_whole(data):
+            raise ValueError
         with warnings.catch_warnings(action="ignore"):  # about foreign files
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:  # says nothing about the file
+        raise
     except Exception:  # a damaged file can make the reader raise anything
         raise UserError(f"{path}: is damaged, or no checkpoint of train.py; give another "
                         "one") from None
@@ -253,25 +290,91 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
-def to_cpu(value):
-    """A nest of dicts and lists with its tensors on the CPU, so that it loads anywhere."""
-    if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [to_cpu(item) for item in value]
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
 def describe_machine(device: torch.device) -> str:
     """The hardware in words, for results.json and the model card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((li.split(":")[1].strip() for li in lines if li.startswith("model name")),
-                     model)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    model = found[1] if found else platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------
+# One process or several
+# ---------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """This process's number among all; 0 writes the files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes() -> None:
+    """Joins the processes that torchrun or srun started (README); alone, does nothing.
+
+    Cards talk through NCCL, CPUs through gloo. Only the first process prints. Raises UserError
+    if the environment does not say where the others are.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not come "
+                        f"together ({error}); start them with torchrun") from None
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def together(work: Callable):
+    """work()'s result, once all processes are through with theirs.
+
+    One's UserError ends all of them, and only the first says its line.
+    """
+    result, errors = None, [None] * world_size()
+    try:
+        result = work()
+    except UserError as caught:
+        errors[rank()] = str(caught)
+    if world_size() > 1:
+        dist.all_gather_object(errors, errors[rank()])
+    for place, error in enumerate(errors):
+        if error:
+            raise UserError(error) if place == rank() else SystemExit(2)
+    return result
+
+
+def from_first(work: Callable):
+    """The first process's work(), on all of them."""
+    box = [together(work if rank() == 0 else lambda: None)]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def local_device(name: str) -> torch.device:
+    """The device of --device; of several processes, each has its own card.
+
+    Raises UserError for one that is not here.
+    """
+    if world_size() > 1:
+        if name not in ("auto", "cuda", "cpu"):
+            raise UserError(f"--device {name}: for several processes, give cuda or cpu")
+        cards = name == "cuda" or name == "auto" and torch.cuda.is_available()
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cards else "cpu"
+    try:
+        device = choose_device(name)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,7 +414,12 @@ class Run:
             self.net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
             fused=device.type in ("cpu", "cuda"))
         self.dtype = getattr(torch, config.dtype)
-        self.step = 0
+        if world_size() > 1:
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.deferred = device.type == "cuda"  # numbers are looked at when the card is waited for
+        self.bad, self.skipped = torch.zeros(3, device=device), torch.zeros((), device=device)
+        self.step, self.saved_step, self.keep = 0, None, 1
         self.seconds = 0.0
         self.loss_sum, self.loss_count = torch.zeros((), device=device), 0
         self.rows: list[dict] = []
@@ -326,40 +434,91 @@ class Run:
         done = self.step / self.config.steps
         return self.config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * done))
 
-    def loss(self, micro_step: int) -> Tensor:
-        """Mean squared error of one micro-batch (Ho et al., algorithm 1), a float32 scalar.
+    def loss(self, step: int, share: int = 0, shares: int = 1) -> Tensor:
+        """Mean squared error of a share of a step's batch (Ho et al., algorithm 1), a scalar.
 
-        Slices, flips, timesteps, noise and dropout depend on (seed, micro_step) alone.
+        Slices, flips, timesteps and noise of the whole batch depend on (seed, step) alone: it is
+        the same batch in however many shares. Dropout depends on the share as well.
         """
-        config = self.config
-        train, count = self.data["train"], config.batch_size // config.accumulate
-        images = train[batch_indices(len(train), count, config.seed, micro_step)]
-        torch.manual_seed(step_seed(config.seed, micro_step))
+        config, train = self.config, self.data["train"]
+        count = config.batch_size
+        mine = slice(share * count // shares, (share + 1) * count // shares)
+        images = train[batch_indices(len(train), count, config.seed, step)[mine]]
+        torch.manual_seed(step_seed(config.seed, step))
         if config.flip:
             flipped = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
-            images = torch.where(flipped, images.flip(3), images)
+            images = torch.where(flipped[mine], images.flip(3), images)
         timesteps = stratified_timesteps(count, self.scheduler.config.num_train_timesteps,
-                                         self.device)
-        noise = torch.randn_like(images)
+                                         self.device)[mine]
+        noise = torch.randn(count, *images.shape[1:], device=self.device)[mine]
+        if shares > 1:
+            torch.manual_seed(step_seed(config.seed, step, 1 + share))
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         target = self.scheduler.training_target(images, noise, timesteps)
         return F.mse_loss(run_net(self.forward, noisy, timesteps, self.dtype), target)
 
+    def backward(self) -> Tensor:
+        """Leaves the gradient of the coming step's batch; returns the loss, of all processes."""
+        accumulate, total = self.config.accumulate, torch.zeros((), device=self.device)
+        for micro in range(accumulate):
+            silent = world_size() > 1 and micro < accumulate - 1  # only the last one is averaged
+            with self.forward.no_sync() if silent else contextlib.nullcontext():
+                loss = self.loss(self.step, rank() * accumulate + micro, accumulate * world_size())
+                self.scaler.scale(loss / accumulate).backward()
+            total += loss.detach() / accumulate
+        if world_size() > 1:
+            dist.all_reduce(total)
+        return total / world_size()
+
     def train_step(self) -> Tensor:
-        """One optimiser step; returns the gradient norm before clipping, left on the device."""
+        """One optimiser step; returns the gradient norm before clipping, left on the device.
+
+        Numbers that are not finite touch no weight: `check` raises, here or later, see `watch`.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        for micro in range(self.config.accumulate):
-            loss = self.loss(self.step * self.config.accumulate + micro) / self.config.accumulate
-            loss.backward()
-            self.loss_sum += loss.detach()
+        loss = self.backward()
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
-        self.optimizer.step()
+        self.watch(loss, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.net)
+        self.loss_sum += loss
         self.loss_count += 1
         self.step += 1
         return norm
+
+    def watch(self, loss: Tensor, norm: Tensor) -> None:
+        """Notes the first step whose numbers are bad, and stops there. On a card, the host does
+        not wait for them: the optimiser itself leaves the weights alone from that step on.
+
+        In float16, gradients overflow until the scaler has found its scale; 20 times in a row,
+        from 65536 down to below 1, it is not the scale.
+        """
+        self.skipped = (self.skipped + 1) * ~torch.isfinite(norm)
+        bad = ~torch.isfinite(loss) | (self.skipped > (20 if self.scaler.is_enabled() else 0))
+        now = torch.stack([torch.full_like(loss, self.step + 1), loss, norm])
+        self.bad = torch.where(bad & (self.bad[0] == 0), now, self.bad)
+        if self.deferred:
+            self.optimizer.found_inf = (self.bad[0] > 0).float()
+        else:
+            self.check()
+
+    def check(self) -> None:
+        """Raises UserError if loss or gradient were not finite at a step, naming its slices."""
+        step, loss, norm = self.bad.tolist()
+        if not step:
+            return
+        train, count = self.data["train"], self.config.batch_size
+        batch = batch_indices(len(train), count, self.config.seed, int(step) - 1)
+        names = ", ".join(train.names[index] for index in batch[:10])
+        raise UserError(
+            f"step {int(step)}: loss {loss:.4g}, gradient norm {norm:.4g}: not finite; the step's "
+            f"{count} slices: {names}{', ...' if count > 10 else ''}; the last good checkpoint is "
+            f"of step {self.saved_step or 0}; start again in another --run with a smaller "
+            "--learning-rate or with --dtype float32")
 
     # Validation and samples --------------------------------------------------------------
 
@@ -369,33 +528,45 @@ class Run:
 
         Every slice has its own fixed noise and timestep (several, if there are few slices), and
         the timesteps are spread evenly over [0, T): two evaluations differ by the weights alone.
+        Processes share the batches out, which are the same however many they are.
         """
         data, total = self.data[split], self.scheduler.config.num_train_timesteps
         count = len(data) * -(-64 // len(data))
         order = np.random.default_rng(0).permutation(count)
         timesteps = torch.from_numpy(((order + 0.5) / count * total).astype(np.int64))
-        losses = []
-        for indices in np.array_split(np.arange(count), -(-count // 32)):
+        losses = torch.zeros(count, device=self.device)
+        batches = np.array_split(np.arange(count), -(-count // 32))
+        for indices in batches[rank()::world_size()]:
             images, steps = data[indices % len(data)], timesteps[indices].to(self.device)
             noise = seeded_noise([EVAL_SEED + i for i in indices.tolist()], images.shape[1:])()
             noise = noise.to(self.device)
             noisy = self.scheduler.add_noise(images, noise, steps)
             error = (run_net(self.ema.net, noisy, steps, self.dtype)
                      - self.scheduler.training_target(images, noise, steps))
-            losses.append((error**2).mean(dim=(1, 2, 3)))
-        losses = torch.cat(losses).cpu().double()
+            losses[indices[0]:indices[-1] + 1] = (error**2).mean(dim=(1, 2, 3))
+        losses = losses.cpu().double()
+        if world_size() > 1:
+            dist.all_reduce(losses)
         quartile = timesteps * 4 // total
         parts = {q: losses[quartile == i].mean().item() for i, q in enumerate(QUARTILES)}
         return {"loss": losses.mean().item(), **parts}
 
     def sample(self, num: int = 16, num_inference_steps: int = 50) -> Tensor:
-        """Slices of the averaged net from the seeds 0 to num - 1, the same at every call."""
-        config = self.net.config
-        noise = seeded_noise(list(range(num)), (config.in_channels, *config.sample_size))
+        """Slices of the averaged net from the seeds 0 to num - 1, the same at every call.
+
+        Processes share the seeds out; the last may draw some twice.
+        """
+        config, each = self.net.config, -(-num // world_size())
+        seeds = [min(rank() * each + place, num - 1) for place in range(each)]
+        noise = seeded_noise(seeds, (config.in_channels, *config.sample_size))
         steps = min(num_inference_steps, self.scheduler.config.num_train_timesteps)
         *_, images = reverse_process(self.ema.net, self.scheduler, noise, steps,
                                      device=self.device, dtype=self.dtype)
-        return images
+        if world_size() == 1:
+            return images
+        parts = [torch.empty_like(images, device="cpu") for _ in range(world_size())]
+        dist.all_gather(parts, images.cpu())
+        return torch.cat(parts)[:num]
 
     # Saving and loading ------------------------------------------------------------------
 
@@ -407,43 +578,125 @@ class Run:
         return {"unet": asdict(self.net.config), "scheduler": asdict(self.scheduler.config),
                 "train": asdict(self.config)}
 
+    def attempt(self, write: Callable, *args) -> None:
+        """Writes, in the first process; a failure is told, and training goes on."""
+        try:
+            if rank() == 0:
+                write(*args)
+        except (UserError, OSError) as error:
+            print(f"warning: {error}; training goes on, and the next save tries again",
+                  file=sys.stderr)
+
     def save(self) -> None:
-        """Writes checkpoint.pt, whole or not at all."""
+        """Writes checkpoint.pt; the one before stays as checkpoint-STEP.pt, the last `keep` do.
+
+        Raises UserError if the new file cannot be written or read back; nothing has changed then.
+        """
         buffer = io.BytesIO()
-        torch.save(to_cpu({
+        torch.save(tree_map_only(Tensor, Tensor.cpu, {  # so that it loads anywhere
             "format": FORMAT, **self.configs(),
             "net": self.net.state_dict(), "ema": self.ema.net.state_dict(),
             "ema_updates": self.ema.num_updates, "optimizer": self.optimizer.state_dict(),
-            "step": self.step, "seed": self.config.seed, "seconds": self.seconds,
-            "loss_sum": self.loss_sum, "loss_count": self.loss_count,
+            "scaler": self.scaler.state_dict(), "step": self.step, "seconds": self.seconds,
+            "loss_sum": self.loss_sum, "loss_count": self.loss_count, "rows": self.rows,
             "normalisation": "uint8 / 127.5 - 1",
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         }), buffer)
-        write_atomic(self.checkpoint, lambda file: file.write(buffer.getbuffer()))
+        data = seal(buffer.getvalue())
+
+        def write(file) -> None:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # else it would be read back from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if Path(file.name).read_bytes() != data:
+                raise OSError("it reads back otherwise than it was written")
+            self._set_aside()
+        write_atomic(self.checkpoint, write)
+        self.saved_step = self.step
+        for old in self._older()[self.keep:]:
+            with contextlib.suppress(OSError):
+                old.unlink()
+
+    def _set_aside(self) -> None:
+        """Gives checkpoint.pt a second name by its step, so that it can be replaced."""
+        name = self.folder / f"checkpoint-{self.saved_step or 0:08d}.pt"
+        if not self.checkpoint.exists():
+            return
+        name.unlink(missing_ok=True)
+        try:
+            os.link(self.checkpoint, name)
+        except OSError:  # a file system without links
+            os.replace(self.checkpoint, name)
+
+    def _older(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-[0-9]*.pt"), reverse=True)
+
+    def newest(self) -> dict | None:
+        """The contents of the newest checkpoint that is whole; None if there is none at all.
+
+        Damaged ones are set aside as NAME.damaged, with a warning, and the one before them
+        becomes checkpoint.pt. Raises UserError if all are damaged; they stay as they are then.
+        """
+        paths = [path for path in (self.checkpoint, *self._older()) if path.exists()]
+        errors = []
+        for path in paths:
+            try:
+                content = read_checkpoint(path)
+            except UserError as error:
+                errors.append(error)
+                continue
+            for bad in paths[:len(errors)]:
+                print(f"warning: {bad} is damaged; it is now {bad.name}.damaged, and the run goes "
+                      f"on from {path.name}, step {content['step']}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the first save will say what is wrong here
+                for bad in paths[:len(errors)]:
+                    os.replace(bad, f"{bad}.damaged")
+                os.replace(path, self.checkpoint)
+            return content
+        if errors:
+            raise errors[0]
+        return None
 
     def resume(self) -> None:
-        """Takes up the run in its folder.
+        """Takes up the run in its folder, if there is one.
 
         Raises UserError if that is another configuration, further than `steps`, or damaged.
         """
-        content = read_checkpoint(self.checkpoint)
+        content = from_first(self.newest)
+        if content is None:
+            return
         mine = self.configs()
         changed = [f"{part}.{key} = {content[part].get(key)!r}, now {value!r}"
                    for part, values in mine.items() for key, value in values.items()
-                   if content[part].get(key) != value and key not in ("steps", "data")]
+                   if content[part].get(key) != value
+                   and key not in ("steps", "data", "accumulate")]
         if changed:
             raise UserError(f"{self.folder}: holds another run ({'; '.join(changed)}); give those "
                             "values again, or another --run")
         if content["step"] > self.config.steps:
             raise UserError(f"--steps {self.config.steps}: {self.folder} is at step "
                             f"{content['step']} already; give more, or another --run")
+        self._check_shapes(content)
         self.net.load_state_dict(content["net"])
         self.ema.net.load_state_dict(content["ema"])
         self.ema.num_updates = content["ema_updates"]
         self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.seconds = content["step"], content["seconds"]
+        self.scaler.load_state_dict(content["scaler"])
+        self.step = self.saved_step = content["step"]
+        self.seconds, self.rows = content["seconds"], content["rows"]
         self.loss_sum, self.loss_count = content["loss_sum"].to(self.device), content["loss_count"]
-        self.rows = [row for row in read_metrics(self.folder) if int(row["step"]) <= self.step]
+
+    def _check_shapes(self, content: dict) -> None:
+        """Raises ValueError unless every tensor fits, before the first is loaded."""
+        wanted = {name: tensor.shape for name, tensor in self.net.state_dict().items()}
+        shapes = [parameter.shape for parameter in self.net.parameters()]
+        if any({name: tensor.shape for name, tensor in content[part].items()} != wanted
+               for part in ("net", "ema")) or any(
+                state[name].shape != shapes[index] for name in ("exp_avg", "exp_avg_sq")
+                for index, state in content["optimizer"]["state"].items()):
+            raise ValueError("its tensors do not fit its configuration")
 
     def export(self) -> None:
         """Writes the averaged weights in half precision with their configs as metadata."""
@@ -452,15 +705,6 @@ class Run:
         metadata = {key: json.dumps(value) for key, value in self.configs().items()}
         content = safetensors_bytes(tensors, {"format": FORMAT, "step": str(self.step), **metadata})
         write_atomic(self.folder / "model.safetensors", lambda file: file.write(content))
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.csv; none if there is no such file."""
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def write_metrics(folder: Path, rows: list[dict]) -> None:
@@ -479,21 +723,20 @@ def write_json(path: Path, values: dict) -> None:
 
 def draw_losses(folder: Path, rows: list[dict]) -> None:
     """Redraws loss.png: training and validation loss, and validation by timestep quartile."""
-    def column(name: str) -> tuple[list[int], list[float]]:
-        pairs = [(int(r["step"]), float(r[name])) for r in rows if r.get(name) not in (None, "")]
-        return [p[0] for p in pairs], [p[1] for p in pairs]
-
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot(*column("loss"), color="0.7", label="train")
-    left.plot(*column("validation_loss"), "o-", ms=3, color="C3", label="validation, averaged net")
+    curves = [(left, "loss", "train", dict(color="0.7")),
+              (left, "validation_loss", "validation, averaged net",
+               dict(marker="o", ms=3, color="C3"))]
+    curves += [(right, f"validation_{quartile}", f"t in [{index}/4, {index + 1}/4) of T",
+                dict(marker="o", ms=3)) for index, quartile in enumerate(QUARTILES)]
+    for axes, name, label, how in curves:
+        points = [(row["step"], float(row[name])) for row in rows if row.get(name)]
+        if points:
+            axes.plot(*zip(*points), label=label, **how)
+            axes.legend(frameon=False)
     left.set(title="Loss", xlabel="step", ylabel="mean squared error", yscale="log")
-    for index, quartile in enumerate(QUARTILES):
-        label = f"t in [{index}/4, {index + 1}/4) of T"
-        right.plot(*column(f"validation_{quartile}"), "o-", ms=3, label=label)
     right.set(title="Validation loss by timestep", xlabel="step", yscale="log")
     for axes in (left, right):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
         axes.grid(alpha=0.3, which="both")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
@@ -514,52 +757,78 @@ def memory_gib(device: torch.device) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
-class StopSignal(contextlib.AbstractContextManager):
+class Stop(contextlib.AbstractContextManager):
     """Turns the first SIGINT, SIGTERM or SIGUSR1 into a wish to stop; a second SIGINT stops."""
 
+    REASONS = ("", "SIGINT", "SIGTERM", "SIGUSR1", "--max-hours")
+
+    def __init__(self, hours: float = math.inf):
+        self.deadline, self.wish, self.reason = STARTED + 3600 * hours, 0, ""
+        self.work, self.ballot = None, torch.tensor(0)
+
     def __enter__(self):
-        self.name = None
         self.before = {number: signal.signal(number, self._catch) for number in
                        (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def _catch(self, number: int, frame) -> None:
-        self.name = signal.Signals(number).name
+        self.wish = self.REASONS.index(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def agreed(self, room: float) -> bool:
+        """Whether to stop before the coming step, with `room` seconds kept for saving.
+
+        Several processes count their wishes while the step runs and all hear the result before
+        the next one: they stop at the same step, and neither host nor card has waited.
+        """
+        if not self.wish and time.monotonic() + room > self.deadline:
+            self.wish = self.REASONS.index("--max-hours")
+        heard = self.wish
+        if world_size() > 1:
+            if self.work:
+                self.work.wait()
+            heard, self.ballot = int(self.ballot), torch.tensor(self.wish)
+            self.work = dist.all_reduce(self.ballot, dist.ReduceOp.MAX, async_op=True)
+        self.reason = self.REASONS[heard]
+        return heard > 0
+
 
 class Log:
     """One line of metrics.csv, and one of the log or the bar, per interval."""
 
-    def __init__(self, run: Run, every: int):
-        self.run, self.every = run, every
+    def __init__(self, run: Run, every: int, tensorboard: bool = False):
+        self.run, self.every, self.writer = run, every, None
+        if tensorboard and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.step + 1)
         self.bar = tqdm(total=run.config.steps, initial=run.step, unit="step", desc="training",
-                        dynamic_ncols=True, disable=not sys.stderr.isatty())
-        self.since, self.at_step = time.monotonic(), run.step
+                        dynamic_ncols=True, disable=rank() > 0 or not sys.stderr.isatty())
+        self.first, self.longest, self.paused = run.step, 0.0, time.monotonic()
+        self.restart()
 
     def due(self) -> bool:
         return self.run.step % self.every == 0 or self.run.step == self.run.config.steps
 
+    def room(self) -> float:
+        """Seconds to keep for the end: a minute, and twice what validating and saving took so
+        far. None before the first step, so that every start gets on."""
+        return 60 + 2 * self.longest if self.run.step > self.first else -math.inf
+
     def pause(self) -> None:
-        """Ends a stretch of training, whose time counts as the run's."""
-        self.run.loss_sum.item()  # waits for the device
-        self.stretch = time.monotonic() - self.since
+        """Ends a stretch of training, whose time counts as the run's, and looks at its numbers."""
+        self.run.check()  # waits for the device
+        self.paused = time.monotonic()
+        self.stretch = self.paused - self.since
         self.run.seconds += self.stretch
 
     def restart(self) -> None:
         """Begins one, after what else was to be done, such as validation."""
         self.since, self.at_step = time.monotonic(), self.run.step
-
-    def check(self, norm: Tensor) -> None:
-        """Raises UserError if loss or gradient are no longer finite, before that is saved."""
-        if not torch.isfinite(self.run.loss_sum) or not torch.isfinite(norm):
-            raise UserError(f"step {self.run.step}: the loss or its gradient is not finite (norm "
-                            f"{norm.item():.3g}); start again with a smaller --learning-rate or "
-                            "with --dtype float32, in another --run")
+        self.longest = max(self.longest, self.since - self.paused)
 
     def write(self, norm: Tensor, validation: dict[str, float] | None) -> None:
         """Closes the interval."""
@@ -574,67 +843,73 @@ class Log:
             row["validation_loss"] = f"{validation['loss']:.6g}"
             row |= {f"validation_{q}": f"{validation[q]:.6g}" for q in QUARTILES}
         run.rows.append(row)
-        write_metrics(run.folder, run.rows)
+        run.attempt(write_metrics, run.folder, run.rows)
+        if self.writer:
+            run.attempt(self._write_events, row)
         run.loss_sum.zero_()
         run.loss_count = 0
         self._show(row, speed)
 
+    def _write_events(self, row: dict) -> None:
+        for name, value in row.items():
+            self.writer.add_scalar(name, float(value), row["step"])
+        self.writer.flush()
+
     def _show(self, row: dict, speed: float) -> None:
-        if not self.bar.disable:
-            last = next((r["validation_loss"] for r in reversed(self.run.rows)
-                         if r.get("validation_loss")), "-")
-            self.bar.set_postfix_str(f"loss {row['loss']}, validation {last}, "
-                                     f"{speed:.3g} images/s")
-            return
-        left = (self.run.config.steps - self.run.step) * self.run.config.batch_size / speed
-        validation = f"validation {row['validation_loss']}  " if "validation_loss" in row else ""
-        print(f"step {self.run.step}/{self.run.config.steps}  loss {row['loss']}  {validation}"
-              f"{speed:.3g} images/s  {row['memory_gib']} GiB  "
-              f"{left / 60:.0f} min left", flush=True)
+        rows, steps = self.run.rows, self.run.config.steps
+        last = next((r["validation_loss"] for r in rows[::-1] if "validation_loss" in r), "-")
+        text = f"loss {row['loss']}  validation {last}  {speed:.3g} images/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            left = (steps - self.run.step) * self.run.config.batch_size / speed
+            print(f"step {self.run.step}/{steps}  {text}  {row['memory_gib']} GiB  "
+                  f"{left / 60:.0f} min left", flush=True)
 
 
-def train(run: Run, log_every: int, save_every: int) -> bool:
-    """The loop. Returns whether the run is finished; else a signal has stopped it, and it is
-    saved. Raises UserError as soon as the loss is seen not to be finite."""
-    log, norm = Log(run, log_every), None
-    with StopSignal() as stop:
-        while run.step < run.config.steps and stop.name is None:
+def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
+          tensorboard: bool = False) -> bool:
+    """The loop. Returns whether the run is finished; else it was asked to stop, and is saved.
+    Raises UserError for numbers that are not finite."""
+    log = Log(run, log_every, tensorboard)
+    with Stop(hours) as stop:
+        while run.step < run.config.steps and not stop.agreed(log.room()):
             norm = run.train_step()
             log.bar.update()
             save = run.step % save_every == 0 or run.step == run.config.steps
             if not (save or log.due()):
                 continue
             log.pause()
-            log.check(norm)
             log.write(norm, run.evaluate("validate") if save and "validate" in run.data else None)
             if save:  # pictures first: once the checkpoint stands, they are not drawn again
-                save_grid(run.sample(), run.folder / "samples" / f"step_{run.step:07d}.png", 4)
-                draw_losses(run.folder, run.rows)
-                run.save()
+                picture = run.folder / "samples" / f"step_{run.step:07d}.png"
+                run.attempt(save_grid, run.sample(), picture, 4)
+                run.attempt(draw_losses, run.folder, run.rows)
+                run.attempt(run.save)
             log.restart()
-        if run.step < run.config.steps and norm is not None:
+        if stop.reason and run.step != run.saved_step:
             log.pause()
-            log.check(norm)
-            run.save()
+            run.attempt(run.save)
     log.bar.close()
-    if run.step < run.config.steps:
-        print(f"stopped by {stop.name} after step {run.step}; the same command continues",
+    if stop.reason:
+        print(f"stopped by {stop.reason} after step {run.step}; the same command continues",
               flush=True)
-    return run.step == run.config.steps
+    return not stop.reason
 
 
 def finish(run: Run) -> None:
     """Tests once, on the people kept for it, and writes results.json and model.safetensors."""
     results = {"steps": run.step, "images_seen": run.step * run.config.batch_size,
                "seconds": round(run.seconds), "hardware": describe_machine(run.device),
+               "processes": world_size(),
                "parameters": sum(p.numel() for p in run.net.parameters()),
                "torch": str(torch.__version__), **run.configs()}
     for split in ("validate", "test"):
         if split in run.data:
             results[split] = run.evaluate(split)
             print(f"{split} loss {results[split]['loss']:.5f}")
-    run.export()
-    write_json(run.folder / "results.json", results)
+    if rank() == 0:
+        run.export()
+        write_json(run.folder / "results.json", results)
 
 
 def finished(run: Run) -> bool:
@@ -650,16 +925,19 @@ def prepare(args: argparse.Namespace) -> Run:
 
     Raises UserError for options, data or a folder that do not do, before anything is written.
     """
-    try:
-        device = choose_device(args.device)
-    except ValueError as error:
-        raise UserError(f"--device: {error}") from None
+    device = local_device(args.device)
     if args.compile and device.type == "cpu" and not (shutil.which("g++") or shutil.which("c++")):
         raise UserError("--compile: no C++ compiler (g++) here; install one, or leave it out")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: the package is missing; pip install tensorboard, or leave "
+                        "it out (metrics.csv holds the same)")
     size = None if args.image_size == "native" else args.image_size
     if size is not None:
         make_configs(args, (size, size), device, 0)  # refuses before hours of decoding
-    loaded = load_splits(args.data, size, args.cache, args.skip_bad)
+    # A machine's first process decodes them, before the others read its cache.
+    load = partial(load_splits, args.data, size, args.cache, args.skip_bad)
+    loaded = together(load if os.environ.get("LOCAL_RANK", "0") == "0" else lambda: None)
+    loaded = together(lambda: loaded or load())
     images, count = loaded["train"].images, len(loaded["train"].images)
     configs = make_configs(args, images.shape[1:], device, loaded["train"].crc32)
     if count < args.batch_size:
@@ -669,35 +947,68 @@ def prepare(args: argparse.Namespace) -> Run:
     data = {name: Slices(split.images, split.names, device, split.people)
             for name, split in loaded.items()}
     run = Run(folder, *configs, data, device, args.compile)
-    if run.checkpoint.exists():
-        try:
-            run.resume()
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: its checkpoint.pt or metrics.csv is damaged "
-                            f"({str(error).splitlines()[0]}); give another --run") from None
+    run.keep = args.keep
+    try:
+        run.resume()
+    except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        if re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        raise UserError(f"{run.checkpoint}: is damaged ({str(error).splitlines()[0]}); give "
+                        "another --run") from None
     return run
 
 
-def main() -> None:
-    args = parse_args()
-    keep_freed_memory()
-    run = prepare(args)
-    folder = run.folder
-    print(f"{folder}: step {run.step} of {run.config.steps}, {len(run.data['train'])} slices of "
-          f"{'x'.join(map(str, run.net.config.sample_size))}, "
-          f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.1f} M parameters, "
-          f"{run.config.dtype} on {run.device}", flush=True)
-    if run.step == run.config.steps and finished(run):
-        print("finished before; give more --steps to go on")
-        return
-    write_json(folder / "config.json", run.configs())
-    for left_over in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+@contextlib.contextmanager
+def explain_out_of_memory(args: argparse.Namespace):
+    """Says what to give instead; the same batch in more pieces takes less memory at a time."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        raise UserError(f"out of memory with --batch-size {args.batch_size} --accumulate "
+                        f"{args.accumulate}; give a larger --accumulate (the run goes on where it "
+                        "was), or a smaller --batch-size or --image-size") from None
+
+
+def start(run: Run) -> None:
+    """Readies the folder: the configs, and no row or file of beyond the checkpoint."""
+    write_json(run.folder / "config.json", run.configs())
+    for left_over in run.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
         left_over.unlink(missing_ok=True)
-    if not train(run, args.log_every, args.save_every):
-        return
-    finish(run)
-    print(f"done: look at {folder / 'samples'} and {folder / 'loss.png'}, then: "
-          f"python predict.py --checkpoint {folder}")
+    if run.rows:
+        write_metrics(run.folder, run.rows)
+
+
+def main() -> None:
+    join_processes()
+    keep_freed_memory()
+    args = together(parse_args)
+    with explain_out_of_memory(args):
+        run = together(lambda: prepare(args))
+        folder = run.folder
+        print(f"{folder}: step {run.step} of {run.config.steps}, {len(run.data['train'])} slices "
+              f"of {'x'.join(map(str, run.net.config.sample_size))}, "
+              f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.1f} M parameters, "
+              f"{run.config.dtype} on {run.device}"
+              + (f" and {world_size() - 1} more" if world_size() > 1 else ""), flush=True)
+        if from_first(lambda: run.step == run.config.steps and finished(run)):
+            print("finished before; give more --steps to go on")
+            return
+        from_first(lambda: start(run))
+        done = together(lambda: train(run, args.log_every, args.save_every,
+                                      args.max_hours or math.inf, args.tensorboard))
+        if done:
+            finish(run)
+    if rank() == 0 and (run.saved_step or 0) != run.step:
+        raise UserError(f"{run.checkpoint}: the last save failed, see above; the last good "
+                        f"checkpoint is of step {run.saved_step or 0}, and this was {run.step}; "
+                        "free some space, then the same command continues from there")
+    if done:
+        print(f"done: look at {folder / 'samples'} and {folder / 'loss.png'}, then: "
+              f"python predict.py --checkpoint {folder}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Shared by the tests: the scripts on the path, real slices if they are at hand, a tiny run."""
 
+import importlib
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -8,18 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 # Or matplotlib would build its font cache anew in every test's own cache folder.
 os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp())
 sys.path.insert(0, str(ROOT))
 
+import dataset  # noqa: E402
 from dataset import Slices, phantom_slices  # noqa: E402
 from modules import UNetConfig, make_scheduler_config  # noqa: E402
 from train import Run, TrainConfig  # noqa: E402
 
 TINY = UNetConfig(sample_size=(16, 16), block_out_channels=(32, 64), layers_per_block=1,
                   attention_resolutions=(8,), dropout=0.1)
+
+
+SMALL = ["--image-size", "16", "--block-out-channels", "32", "32", "--batch-size", "4",
+         "--device", "cpu", "--dtype", "float32"]
+
+
+def call(script, *args, cwd):
+    """The script in a process of its own."""
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd,
+                          capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +67,36 @@ def make_run(tmp_path):
         return Run(tmp_path / name, unet, make_scheduler_config("cosine"),
                    TrainConfig(**{**values, **changes}), slices, cpu)
     return make
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(script, args, *words): exit code 2, and one line with the words on stderr.
+
+    In this process, since a dozen starts of torch would take a minute.
+    """
+    def check(script, args, *words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            dataset.run_cli(importlib.import_module(script.removesuffix(".py")).main)
+        text = capsys.readouterr().err
+        lines = text.splitlines()
+        assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), text
+        for word in words:
+            assert word in lines[0]
+    return check
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twelve real PNG files of three people in train, four of one in validate."""
+    rng = np.random.default_rng(0)
+    for split, people in (("train", (1, 2, 3)), ("validate", (4,))):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for person in people:
+            for number in range(4):
+                pixels = rng.integers(0, 255, (20, 16), np.uint8)
+                Image.fromarray(pixels).save(
+                    tmp_path / "data" / split / f"case_{person:03d}_slice_{number}.png")
+    return tmp_path / "data"

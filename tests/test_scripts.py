@@ -7,57 +7,14 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, call
 from PIL import Image
 
 import dataset
 import train
 from train import PRESETS
-
-SMALL = ["--image-size", "16", "--block-out-channels", "32", "32", "--batch-size", "4",
-         "--device", "cpu", "--dtype", "float32"]
-
-
-def call(script, *args, cwd):
-    """The script in a process of its own."""
-    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """refused(script, args, *words): exit code 2, and one line with the words on stderr.
-
-    In this process, since a dozen starts of torch would take a minute.
-    """
-    def check(script, args, *words):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            dataset.run_cli(importlib.import_module(script.removesuffix(".py")).main)
-        text = capsys.readouterr().err
-        lines = text.splitlines()
-        assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), text
-        for word in words:
-            assert word in lines[0]
-    return check
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Twelve real PNG files of three people in train, four of one in validate."""
-    rng = np.random.default_rng(0)
-    for split, people in (("train", (1, 2, 3)), ("validate", (4,))):
-        (tmp_path / "data" / split).mkdir(parents=True)
-        for person in people:
-            for number in range(4):
-                pixels = rng.integers(0, 255, (20, 16), np.uint8)
-                Image.fromarray(pixels).save(
-                    tmp_path / "data" / split / f"case_{person:03d}_slice_{number}.png")
-    return tmp_path / "data"
 
 
 def test_train_continue_predict(data, tmp_path, refused):
@@ -202,4 +159,5 @@ def test_out_of_memory_is_one_line(data, tmp_path, refused, monkeypatch):
     def greedy(self):
         torch.empty(2**60)
     monkeypatch.setattr(train.Run, "train_step", greedy)
-    refused("train.py", ["--data", data, "--run", "r", *SMALL], "out of memory", "--batch-size")
+    refused("train.py", ["--data", data, "--run", "r", *SMALL], "out of memory",
+            "--batch-size 4 --accumulate 1", "a larger --accumulate")
