@@ -233,7 +233,9 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
                         f"{args.batch_size}")
     shape = dict(sample_size=size, block_out_channels=args.block_out_channels,
                  layers_per_block=args.layers_per_block, dropout=args.dropout,
-                 patch_size=args.patch_size)
+                 patch_size=args.patch_size,
+                 # A group of one channel would normalise the timestep embedding away.
+                 norm_num_groups=32 if min(args.block_out_channels) >= 64 else 8)
     try:
         levels = UNetConfig(attention_resolutions=(), **shape).resolutions
         unet = UNetConfig(attention_resolutions=[r for r in levels if r <= args.attention_up_to],

@@ -38,7 +38,7 @@ def against_processes(size: int, counts: list[int], device: torch.device) -> lis
             threads = str(max(1, torch.get_num_threads() // count))
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 "--nproc-per-node", str(count), str(ROOT / "train.py"), "--preset", "64",
+                 "--nproc-per-node", str(count), "--", str(ROOT / "train.py"), "--preset", "64",
                  "--image-size", str(size), "--steps", "40", "--log-every", "10", "--save-every",
                  "1000", "--run", scratch, "--device", device.type],
                 env={**os.environ, "OMP_NUM_THREADS": threads}, check=True, capture_output=True)
