@@ -36,6 +36,10 @@ def call(script, *args, cwd):
                           capture_output=True, text=True, timeout=300)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA card; `pytest -m gpu` runs these alone")
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """No test reads or fills the user's cache."""
@@ -54,18 +58,18 @@ def oasis() -> Path:
 @pytest.fixture
 def make_run(tmp_path):
     """make_run(name, **changes of TrainConfig) -> a Run on 40 phantoms of 16 pixels."""
-    def make(name="run", unet=TINY, data=None, **changes) -> Run:
+    def make(name="run", unet=TINY, data=None, device=torch.device("cpu"), compile_net=False,
+             **changes) -> Run:
         values = dict(data="phantoms", data_crc32=0, steps=8, batch_size=4, accumulate=1,
                       learning_rate=1e-3, warmup_steps=2, lr_schedule="cosine", weight_decay=0.0,
                       grad_clip=1.0, ema_decay=0.99, flip=True, seed=0, dtype="float32")
         if data is None:
             images, names = phantom_slices(16, 0, 5)
             data = {"train": (images[:32], names[:32]), "validate": (images[32:], names[32:])}
-        cpu = torch.device("cpu")
-        slices = {split: Slices(np.ascontiguousarray(images), names, cpu)
+        slices = {split: Slices(np.ascontiguousarray(images), names, device)
                   for split, (images, names) in data.items()}
         return Run(tmp_path / name, unet, make_scheduler_config("cosine"),
-                   TrainConfig(**{**values, **changes}), slices, cpu)
+                   TrainConfig(**{**values, **changes}), slices, device, compile_net)
     return make
 
 
