@@ -20,6 +20,7 @@ right on the picture's left. Images leave this module as float32 in [-1, 1], sha
 import argparse
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -28,16 +29,14 @@ import os
 import re
 import shutil
 import signal
-import stat
 import sys
 import tarfile
 import tempfile
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +51,11 @@ from tqdm import tqdm
 SPLITS = ("train", "validate", "test")
 RATIOS = (0.85, 0.10, 0.05)  # near the 9,664 / 1,120 / 544 slices of the report's set
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+IMAGES = ", ".join(sorted(EXTENSIONS))
 PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
+# What sources call the splits: Train, val, validation, testing, keras_png_slices_train, ...
+SPLIT_FOLDER = re.compile(
+    r"(?:keras_png_slices_)?(train|val|test)(?:ing|id|idate|idation)?(?:_?set)?", re.I)
 LARGEST_SIDE = 8192  # pixels; beyond it, a file is no slice, and padding would eat the memory
 # A CPU's allocator raises a plain RuntimeError, told by its text alone.
 OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory"
@@ -80,6 +83,10 @@ def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `inspect ROOT | head`; what is still to be flushed, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
@@ -175,6 +182,11 @@ def write_json(path: Path, values: dict) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+def stem_of(path: Path) -> str:
+    """A file's name without its ending, as case_001_slice_7 of case_001_slice_7.nii.png."""
+    return path.stem.removesuffix(".nii")
+
+
 def person_of(path: Path) -> str | None:
     """The person a slice is of, from names as in case_001_slice_0 or OAS1_0001_MR1, or None."""
     match = PERSON.search(path.name)
@@ -183,7 +195,7 @@ def person_of(path: Path) -> str | None:
 
 def slice_number(name: str) -> int:
     """The last number of a file's name, as 7 of case_001_slice_7.nii.png; 0 if there is none."""
-    return int((re.findall(r"\d+", name.split(".")[0])[-1:] or [0])[0])
+    return int((re.findall(r"\d+", stem_of(Path(name))) or [0])[-1])
 
 
 def read_cases(root: Path) -> list[dict[str, str]]:
@@ -201,7 +213,7 @@ def person_finder(root: Path) -> Callable[[Path], str | None]:
     """`person_of`, but for cases that ROOT/cases.csv says whose they are: people come again."""
     of_case = {f"case_{int(row['case']):03d}": row["person"] for row in read_cases(root)
                if row.get("person") and str(row.get("case")).isdigit()}
-    return lambda path: of_case.get(person_of(path) or "", person_of(path))
+    return lambda path: of_case.get(person_of(path), person_of(path))
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -217,9 +229,8 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def find_slices(root: Path, shared_people: bool = False) -> dict[str, list[Path]]:
-    """The image files of each split of any of the three layouts.
+    """The image files of each split of any of the three layouts; a flat folder is split here.
 
-    A folder without splits is divided by person (see `assign_splits`).
     Raises UserError for a missing or empty folder, or, unless that is allowed, if a person stands
     in two splits.
     """
@@ -234,26 +245,21 @@ def find_slices(root: Path, shared_people: bool = False) -> dict[str, list[Path]
         if os.path.isdir(folders["train"]):
             splits = {s: images_in(f) if os.path.isdir(f) else [] for s, f in folders.items()}
             if not splits["train"]:
-                raise UserError(f"{folders['train']}: holds no images ({_extensions()})")
+                raise UserError(f"{folders['train']}: holds no images ({IMAGES})")
             break
     else:
         files = images_in(root)
         if not files:
             raise UserError(f"{root}: neither train/, nor keras_png_slices_train/, nor images "
-                            f"({_extensions()}) in it; python dataset.py prepare {root} OUT makes "
+                            f"({IMAGES}) in it; python dataset.py prepare {root} OUT makes "
                             "slices of volumes, discs and class folders")
         splits = split_by_person(files, person)
-    if not shared_people:
-        for line in people_in_two_splits(splits, person):
-            raise UserError(line)
+    for line in [] if shared_people else people_in_two_splits(splits, person):
+        raise UserError(line)
     return splits
 
 
-def _extensions() -> str:
-    return ", ".join(sorted(EXTENSIONS))
-
-
-def split_by_person(files: list[Path], person: Callable = person_of) -> dict[str, list[Path]]:
+def split_by_person(files: list[Path], person: Callable) -> dict[str, list[Path]]:
     """The files of one folder, divided by person; one whose name tells none counts as one."""
     people = {path: person(path) or path.stem for path in files}
     warn_of_nobody([path.name for path in files if person(path) is None])
@@ -284,23 +290,32 @@ def assign_splits(people: Iterable[str], known: dict[str, str] | None = None,
     for split, share in zip(SPLITS[1:], ratios[1:]):
         quota = max(1, round(count * share)) if count >= 3 and share > 0 else 0
         short = max(0, quota - list(split_of.values()).count(split))
-        split_of |= dict.fromkeys(order[:short], split)
-        order = order[short:]
+        spare = len(order) - ("train" not in split_of.values())  # shares round up together
+        split_of |= dict.fromkeys(order[:min(short, spare)], split)
+        order = order[min(short, spare):]
     return split_of | dict.fromkeys(order, "train")
 
 
+def in_two_splits(items: Iterable[tuple[str, Hashable, str]], what: str, mend: str) -> list[str]:
+    """Of (split, key, name): a line for each two splits that share keys."""
+    first, shared = {}, {}
+    for split, key, name in items:
+        other, where = first.setdefault(key, (split, name))
+        if other != split:
+            shared.setdefault((other, split), []).append(
+                name if name == where else f"{where} and {name}")
+    return [f"{len(names)} {what} stand in both {a} and {b}, such as {names[0]}; {mend}"
+            for (a, b), names in shared.items()]
+
+
 def people_in_two_splits(splits: dict[str, list[Path]], person: Callable) -> list[str]:
-    """A line for each two splits that share people."""
-    people = {split: {person(path) for path in files} - {None}
-              for split, files in splits.items()}
-    return [f"{len(people[a] & people[b])} people stand in both {a} and {b}, such as "
-            f"{min(people[a] & people[b])}; move each person's slices to one split"
-            for a, b in (("train", "validate"), ("train", "test"), ("validate", "test"))
-            if people.get(a, set()) & people.get(b, set())]
+    people = dict.fromkeys((s, person(path)) for s, files in splits.items() for path in files)
+    return in_two_splits(((s, who, who) for s, who in people if who), "people",
+                         "move each person's slices to one split")
 
 
 # ---------------------------------------------------------------------------------------------
-# Decoding and checking one slice
+# Decoding and checking
 # ---------------------------------------------------------------------------------------------
 
 
@@ -335,9 +350,8 @@ def need_plain_file(path: Path) -> None:
 
 
 def read_gray(path: Path) -> Image.Image:
-    """One image file -> mode L, or F in [0, 255] for 16 bits, of its own size.
+    """One image file -> mode L, or F in [0, 255] for 16 bits (65535 is white), of its own size.
 
-    16-bit images are scaled so that 65535 is white; what is transparent is black.
     Raises BadSlice if the file is no whole grey image of 8 or 16 bits.
     """
     need_plain_file(path)
@@ -418,14 +432,31 @@ def fit(image: Image.Image, image_size: int | None) -> np.ndarray:
     return np.asarray(image).round().clip(0, 255).astype(np.uint8)
 
 
-def decode(path: Path, image_size: int | None) -> np.ndarray:
-    """One image file -> uint8 (S, S), or (H, W) for None; see `read_gray`, `check_slice`, `fit`.
-
-    Raises BadSlice as they do.
-    """
+def read_slice(path: Path) -> Image.Image:
+    """An image file as `read_gray` gives it, checked. Raises BadSlice."""
     image = read_gray(path)
     check_slice(np.asarray(image), path)
-    return fit(image, image_size)
+    return image
+
+
+def decode(path: Path, image_size: int | None) -> np.ndarray:
+    """One image file -> uint8 (S, S), or (H, W) for None; see `fit`. Raises BadSlice."""
+    return fit(read_slice(path), image_size)
+
+
+def in_parallel(work: Callable, items: Iterable, desc: str) -> Iterator:
+    """Yields work(item) for each, in order, with a bar; a BadSlice is yielded too, not raised."""
+    def attempt(item):
+        try:
+            return work(item)
+        except BadSlice as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, \
+            progress_bar(len(items), desc, "slice") as bar:
+        for result in pool.map(attempt, items):
+            bar.update()
+            yield result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -437,30 +468,22 @@ def decode_all(files: list[Path], image_size: int | None, allocate: Callable = n
                ) -> np.ndarray:
     """Decodes in parallel, with a bar: paths -> the uint8 (N, H, W) of allocate(shape, dtype).
 
-    Raises BadSlices naming up to ten of the files that are no slices, or UserError with the first
+    Raises BadSlices naming up to ten of the files that are no slices, or BadSlice with the first
     whose size differs if the size is native.
     """
-    def attempt(path: Path) -> np.ndarray | BadSlice:
-        try:
-            return decode(path, image_size)
-        except BadSlice as error:
-            return error
-
     images, bad = None, []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, \
-            progress_bar(len(files), "decoding", "slice") as bar:
-        for index, result in enumerate(pool.map(attempt, files)):
-            bar.update()
-            if isinstance(result, BadSlice):
-                bad.append(result)
-                continue
-            if images is None:
-                images = allocate((len(files), *result.shape), np.uint8)
-            if result.shape != images.shape[1:]:
-                raise BadSlice(files[index], f"is {result.shape[0]}x{result.shape[1]} (rows x "
-                               f"columns), others {images.shape[1]}x{images.shape[2]}",
-                               "give --image-size to bring all to one size")
-            images[index] = result
+    for index, result in enumerate(in_parallel(lambda path: decode(path, image_size), files,
+                                               "decoding")):
+        if isinstance(result, BadSlice):
+            bad.append(result)
+            continue
+        if images is None:
+            images = allocate((len(files), *result.shape), np.uint8)
+        if result.shape != images.shape[1:]:
+            raise BadSlice(files[index], f"is {result.shape[0]}x{result.shape[1]} (rows x "
+                           f"columns), others {images.shape[1]}x{images.shape[2]}",
+                           "give --image-size to bring all to one size")
+        images[index] = result
     if bad:
         raise BadSlices(bad, len(files))
     if images.max() < 64:
@@ -469,32 +492,30 @@ def decode_all(files: list[Path], image_size: int | None, allocate: Callable = n
     return images
 
 
-def default_cache() -> Path:
-    """Where decoded slices are kept: the user's cache folder (XDG_CACHE_HOME is heeded).
-
-    Raises UserError for a user without a home folder.
-    """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oasis-diffusion"
-    except RuntimeError:
-        raise UserError("no home folder to keep decoded slices in; give --cache") from None
+def cache_file(files: list[Path], image_size: int | None, cache: Path | None) -> Path:
+    """A name that changes with the image size and any file's path, size or time."""
+    # A folder is resolved once: 11,328 paths would take seconds.
+    folders = {folder: folder.resolve() for folder in {path.parent for path in files}}
+    facts = []
+    for path in files:
+        facts.append(str(folders[path.parent] / path.name))
+        with contextlib.suppress(OSError):  # a broken link; never cached, since it is refused
+            found = path.stat()
+            facts += [found.st_size, found.st_mtime_ns]
+    key = hashlib.sha256(repr((CACHE_VERSION, image_size, facts)).encode()).hexdigest()
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return (cache or Path(home, "oasis-diffusion")) / f"{key[:24]}.npy"
 
 
 def load_images(files: list[Path], image_size: int | None, cache: Path | None = None
                 ) -> tuple[np.ndarray, int]:
     """The slices as one uint8 (N, H, W), decoded once and cached on disk, and their CRC-32.
 
-    The cache is found by the files' names, sizes and times and the image size, and trusted only
-    if its checksum holds, so that a stale or damaged one is decoded again. It is decoded straight
-    to the disk, by one process while others wait, and mapped into the memory of all.
-    Raises UserError as `decode_all` does.
+    The cache is trusted only if its checksum holds: a stale or damaged one is decoded again. It
+    is decoded straight to the disk, by one process while others wait, and mapped into the memory
+    of all. Raises UserError as `decode_all` does.
     """
-    facts = _file_facts(files)
-    bad = [BadSlice(path, "cannot be read (a broken link, or no plain file)")
-           for path, fact in zip(files, facts) if fact is None]
-    if bad:
-        raise BadSlices(bad, len(files))
-    kept = (cache or default_cache()) / f"{_key(image_size, facts)}.npy"
+    kept = cache_file(files, image_size, cache)
     try:
         with locked(kept.with_suffix(".lock")) if not kept.exists() else contextlib.nullcontext():
             if not kept.exists():
@@ -517,56 +538,31 @@ def load_images(files: list[Path], image_size: int | None, cache: Path | None = 
 def without_bad(files: list[Path], image_size: int | None, cache: Path | None = None
                 ) -> list[Path]:
     """The files that are slices. Those that are not are named in a warning, and remembered."""
-    cache = cache or default_cache()
-    kept = cache / f"{_key(image_size, _file_facts(files))}.bad.json"
+    kept = cache_file(files, image_size, cache).with_suffix(".bad.json")
     bad = {}
-    with contextlib.suppress(OSError, ValueError):
-        bad = {Path(path): what for path, what in json.loads(kept.read_text()).items()}
-    good = [path for path in files if path not in bad]
     try:
-        load_images(good, image_size, cache)
-    except BadSlices as error:
-        bad |= {b.path: b.what for b in error.bad}
-        with contextlib.suppress(UserError):
-            write_json(kept, {str(path): what for path, what in bad.items()})
-        # A link that is broken hides what decoding has to say of the others.
-        return without_bad(files, image_size, cache)
+        bad = json.loads(kept.read_text())
+    except (OSError, ValueError):
+        try:
+            load_images(files, image_size, cache)
+        except BadSlices as error:
+            bad = {Path(b.path).name: b.what for b in error.bad}
+            with contextlib.suppress(UserError):
+                write_json(kept, bad)
     if bad:
         print(f"warning: goes on without {len(bad)} of {len(files)} images: "
-              + listing([BadSlice(*item) for item in bad.items()]), file=sys.stderr)
-    return good
-
-
-def _file_facts(files: list[Path]) -> list[tuple[str, int, int] | None]:
-    """What tells a changed file: its path, size and time; None for what is no plain file."""
-    folders = {folder: folder.resolve() for folder in {path.parent for path in files}}
-    facts = []
-    for path in files:
-        try:
-            found = path.stat()
-        except OSError:
-            facts.append(None)
-            continue
-        facts.append((str(folders[path.parent] / path.name), found.st_size, found.st_mtime_ns)
-                     if stat.S_ISREG(found.st_mode) else None)  # a pipe would wait for ever
-    return facts
-
-
-def _key(image_size: int | None, facts: list) -> str:
-    return hashlib.sha256(repr((CACHE_VERSION, image_size, facts)).encode()).hexdigest()[:24]
+              + listing([BadSlice(files[0].parent / name, what) for name, what in bad.items()]),
+              file=sys.stderr)
+    return [path for path in files if path.name not in bad]
 
 
 def _decode_into(files: list[Path], image_size: int | None, file) -> None:
     """Decodes into a .npy file, which is mapped rather than held in memory; ends in its CRC-32."""
     def allocate(shape: tuple, dtype: type) -> np.memmap:
-        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False,
-                                                        shape=shape))
-        file.flush()
-        start, size = file.tell(), int(np.prod(shape))
-        # Space is taken at once: a disk that fills up later would kill the process.
-        getattr(os, "posix_fallocate", lambda fd, _, n: os.ftruncate(fd, n))(
-            file.fileno(), 0, start + size)
-        return np.memmap(file.name, dtype, "r+", start, shape)
+        images = np.lib.format.open_memmap(file.name, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # or a disk that fills up later kills the process
+            os.posix_fallocate(file.fileno(), 0, images.offset + images.nbytes)
+        return images
 
     images = decode_all(files, image_size, allocate)
     images.flush()
@@ -584,6 +580,184 @@ def _read_cache(path: Path, count: int) -> tuple[np.ndarray, int]:
                 file.read() != crc.to_bytes(4, "little"):
             raise ValueError("not what was written")
     return images, crc
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """One split in memory: uint8 (N, H, W), and each slice's file name and person."""
+
+    images: np.ndarray
+    names: list[str]
+    people: list[str]
+    crc32: int
+
+
+def load_splits(root: Path | None, image_size: int | None, cache: Path | None = None,
+                skip_bad: bool = False) -> dict[str, Split]:
+    """The splits of a root, or of the phantoms for None; those without slices are left out.
+
+    Raises UserError as the functions above do, or if the splits differ in size or share a
+    picture. Warns of slices that are smaller than the image size.
+    """
+    if root is None:
+        people = {"train": (0, 192), "validate": (192, 16), "test": (208, 16)}
+        phantoms = {s: phantom_slices(image_size or 64, *people[s]) for s in SPLITS}
+        return {s: Split(images, names, [person_of(Path(n)) for n in names], zlib.crc32(images))
+                for s, (images, names) in phantoms.items()}
+    person = person_finder(root)
+    loaded = {}
+    for split, files in find_slices(root).items():
+        if skip_bad and files:
+            files = without_bad(files, image_size, cache)
+        if files:
+            images, crc = load_images(files, image_size, cache)
+            loaded[split] = Split(images, [path.name for path in files],
+                                  [person(path) or path.stem for path in files], crc)
+            warn_if_enlarged(files, image_size)
+    if "train" not in loaded:
+        raise UserError(f"{root}: no slice of train can be used; give another folder")
+    shapes = {split: loaded[split].images.shape[1:] for split in loaded}
+    if len(set(shapes.values())) > 1:
+        raise UserError(f"{root}: the splits differ in size (" + ", ".join(
+            f"{s} {h}x{w}" for s, (h, w) in shapes.items()) + "); give --image-size")
+    for line in in_two_splits(
+            ((split, hash(image.tobytes()), f"{split}/{name}")
+             for split, (images, names, *_) in loaded.items()
+             for name, image in zip(names, images)), "pictures", "remove one copy"):
+        raise UserError(f"{root}: {line}")
+    return loaded
+
+
+def warn_if_enlarged(files: list[Path], image_size: int | None) -> None:
+    """Says that slices are smaller than the image size, by eight of them, since it is cheap."""
+    for path in files[::max(1, len(files) // 8)] if image_size else ():
+        with Image.open(path) as image:
+            if max(image.size) < image_size:
+                print(f"warning: slices such as {path} have {image.width}x{image.height} pixels "
+                      f"and are upsampled to the image size {image_size}; a smaller --image-size "
+                      "loses nothing", file=sys.stderr)
+                return
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def batch_indices(count: int, batch_size: int, seed: int, step: int, rank: int = 0,
+                  world_size: int = 1) -> np.ndarray:
+    """Which slices make the batch of a rank at a step: int64 (batch_size,) in [0, count).
+
+    A pure function of its arguments: every epoch is a fresh permutation that all ranks share
+    out, so that there is no order to save and none to fast-forward.
+    """
+    first = (step * world_size + rank) * batch_size
+    places = np.arange(first, first + batch_size)
+    return np.array([_permutation(count, seed, place // count)[place % count]
+                     for place in places.tolist()])
+
+
+class Slices:
+    """Slices of one split, kept as uint8 where that is fastest, handed out as [-1, 1].
+
+    positions: float32 (N,), the height of each slice by its number, 0 (lowest of the split) to 1;
+    people: whose each is. On a GPU the set is copied to the card if it takes less than a quarter
+    of the free memory.
+    """
+
+    def __init__(self, images: np.ndarray, names: list[str], device: torch.device,
+                 people: list[str] | None = None):
+        self.names = names
+        self.people = people or [person_of(Path(name)) or name for name in names]
+        numbers = np.array([slice_number(name) for name in names], np.float32)
+        self.positions = (numbers - numbers.min()) / max(1, np.ptp(numbers))
+        self.device = device
+        self.images = torch.from_numpy(images)
+        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            self.images = self.images.to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: np.ndarray) -> Tensor:
+        """int64 (B,) -> float32 (B, 1, H, W) in [-1, 1] on the device."""
+        index = _moved(torch.from_numpy(indices), self.images.device)
+        return _moved(self.images[index], self.device)[:, None].float() / 127.5 - 1
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; the host does not wait for a GPU's copy, which only pinned memory allows."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+# ---------------------------------------------------------------------------------------------
+# Phantoms
+# ---------------------------------------------------------------------------------------------
+
+
+def _smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
+    """A smooth random field, (size, size), with features of about size / cells pixels."""
+    coarse = Image.fromarray(rng.standard_normal((cells + 1, cells + 1)).astype(np.float32))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC,
+                                    box=(0.5, 0.5, cells + 0.5, cells + 0.5)))
+
+
+def draw_phantom(image_size: int, person: int, position: float, seed: int = 0) -> np.ndarray:
+    """One phantom slice, uint8 (S, S): an axial brain drawn from formulas, front of the head up.
+
+    person: chooses the anatomy (outline, folds, ventricle width); position: height in the head,
+    0 (low) to 1 (high). Skull-free outline, folded cortex, grey and white matter, ventricles,
+    deep nuclei, bias field and noise; black outside. A pure function of its arguments.
+    """
+    rng = np.random.default_rng([seed, person])
+    size = 2 * image_size  # drawn at twice the size, then averaged: antialiased
+    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
+    width, length = rng.uniform(0.60, 0.68), rng.uniform(0.76, 0.84)
+    shrink = np.sqrt(1 - 0.45 * position**2)  # the head closes towards the top
+    angle = np.arctan2(x, -y)
+    lobes = 1 + 0.03 * np.cos(3 * angle + rng.normal(0, 0.2)) - 0.05 * np.cos(angle)
+    radius = np.hypot(x / (width * shrink), y / (length * shrink)) / lobes  # 1 on the surface
+
+    # Sulci are the zero lines of smooth noise: they meander, branch and end as real ones do.
+    folds = _smooth_noise(rng, 12, size) + (position - 0.5) * _smooth_noise(rng, 12, size)
+    depth = np.clip((radius - 0.45) / 0.4, 0, 1)
+    ribbon = np.abs(folds) / (0.05 + 0.95 * depth)
+    white, grey, fluid = 0.80, 0.55, 0.12
+    image = np.where((ribbon < 0.65) & (radius > 0.5) | (radius > 0.93), grey, white)
+    image = np.where((ribbon < 0.13) & (radius > 0.62), fluid, image)
+
+    nuclei = np.hypot((np.abs(x) - 0.19) / 0.08, (y - 0.02) / 0.17) < 1 - 0.5 * position
+    image = np.where(nuclei, 0.5 * (grey + white), image)
+    swelling = rng.uniform(0.03, 0.11) * (1 - 0.7 * position)
+    centre = 0.05 + 0.45 * (y - 0.02) ** 2 + swelling
+    reach = np.clip(1 - ((y - 0.02) / (0.40 - 0.12 * position)) ** 2, 0, None)
+    image = np.where(np.abs(np.abs(x) - centre) < swelling * np.sqrt(reach), fluid, image)
+    midline = np.abs(x + 0.01 * _smooth_noise(rng, 4, size)) < 0.012 + 0.008 * radius
+    image = np.where(midline & (np.abs(y) > 0.38 - 0.3 * position), fluid, image)
+
+    image = image * np.exp(0.06 * _smooth_noise(rng, 2, size))
+    image = image + 0.03 * np.random.default_rng([seed, person, round(position * 1e6)]
+                                                 ).standard_normal(image.shape)
+    image = np.where(radius < 1, image, 0).clip(0, 1)
+    image = image.reshape(image_size, 2, image_size, 2).mean(axis=(1, 3))
+    return (255 * image).round().astype(np.uint8)
+
+
+def phantom_slices(image_size: int, first_person: int, people: int, per_person: int = 8,
+                   seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """Phantoms of `people` anatomies, evenly spaced heights each: uint8 (N, S, S) and names."""
+    places = [(person, slice_) for person in range(first_person, first_person + people)
+              for slice_ in range(per_person)]
+    images = list(in_parallel(
+        lambda p: draw_phantom(image_size, p[0], (p[1] + 0.5) / per_person, seed), places,
+        "drawing phantoms"))
+    return np.stack(images), [f"phantom_{p:03d}_slice_{s}" for p, s in places]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -670,10 +844,16 @@ def cut_volume(volume: np.ndarray, zooms: tuple[float, float], cutting: Cutting,
                         max(width, height)) for number, plane in enumerate(levels)}
 
 
-def cut(load: Callable, cutting: Cutting, name: str) -> dict[int, np.ndarray]:
-    """The slices of the nibabel image that load() gives; see `cut_volume`. Raises BadSlice."""
+def cut_file(path: Path, cutting: Cutting, name: str | None = None) -> dict[int, np.ndarray]:
+    """The slices of a volume file, called `name` in errors; see `cut_volume`. Raises BadSlice."""
+    import nibabel as nib
+
+    need_plain_file(path)
+    name = name or str(path)
+    # OASIS-1's header fields beyond 7.5 mean nothing; nibabel's guess may be SPM's dialect.
+    load = nib.AnalyzeImage.from_filename if T88.fullmatch(path.name) else nib.load
     try:
-        return cut_volume(*upright(load(), name), cutting, name)
+        return cut_volume(*upright(load(path), name), cutting, name)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged file can make the reader raise anything
@@ -681,31 +861,12 @@ def cut(load: Callable, cutting: Cutting, name: str) -> dict[int, np.ndarray]:
         raise BadSlice(name, f"cannot be read ({words or type(error).__name__})") from None
 
 
-def cut_file(path: Path, cutting: Cutting) -> dict[int, np.ndarray]:
-    """The slices of a NIfTI or Analyze file; see `cut_volume`. Raises BadSlice."""
-    import nibabel as nib
-
-    need_plain_file(path)
-    # OASIS-1's header fields beyond 7.5 mean nothing; nibabel's guess may be SPM's dialect.
-    load = nib.AnalyzeImage.from_filename if T88.fullmatch(path.name) else nib.load
-    return cut(partial(load, path), cutting, str(path))
-
-
-def cut_pair(header, voxels, cutting: Cutting, name: str) -> dict[int, np.ndarray]:
-    """The slices of an Analyze volume out of two open files; see `cut_volume`. Raises BadSlice."""
-    import nibabel as nib
-
-    files = {"header": nib.FileHolder(fileobj=header), "image": nib.FileHolder(fileobj=voxels)}
-    return cut(partial(nib.AnalyzeImage.from_file_map, files), cutting, name)
-
-
 # ---------------------------------------------------------------------------------------------
 # prepare
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Scan:
+class Scan(NamedTuple):
     """One session of one person: where it comes from, and the function that cuts its slices.
 
     cut(bad) returns uint8 (S, S) slices by number, and adds what was bad to the list, or raises.
@@ -745,8 +906,7 @@ def find_scans(source: Path, cutting: Cutting) -> tuple[list[Path], list[Scan]]:
                 and "_seg_" not in path.parent.name]
     if not volumes and not pictures:
         raise UserError(f"{source}: holds no *_t88_masked_gfc.hdr, no tar.gz, no .nii or .nii.gz, "
-                        f"and no images ({_extensions()}); give a disc of OASIS-1 or another "
-                        "folder")
+                        f"and no images ({IMAGES}); give a disc of OASIS-1 or another folder")
     return [], volume_scans(source, volumes, cutting) or picture_scans(source, pictures)
 
 
@@ -760,8 +920,9 @@ def volume_scans(source: Path, files: list[Path], cutting: Cutting) -> list[Scan
         way = path.relative_to(source).as_posix() if path != source else path.name
         person = (PERSON.findall(way) or [None])[-1]
         about = path.parents[min(3, len(path.parents) - 1)] / f"{stem[path]}.txt"
-        scans.append(Scan(stem[path] if often[stem[path]] == 1 else way.replace("/", "_"),
-                          person, str(path), lambda bad, path=path: cut_file(path, cutting),
+        named = T88.fullmatch(path.name) or often[stem[path]] == 1
+        scans.append(Scan(stem[path] if named else way.replace("/", "_"), person, str(path),
+                          lambda bad, path=path: cut_file(path, cutting),
                           read_facts(about) if about.is_file() else facts.get(person, {})))
     return scans
 
@@ -794,13 +955,13 @@ def picture_scans(source: Path, files: list[Path]) -> list[Scan]:
     series: dict[tuple[str, str, str], list[Path]] = {}
     for path in files:
         folders = path.relative_to(source).parts[:-1] if path != source else ()
-        split_of = {f: s for f in folders for s in SPLITS
-                    if f.removeprefix("keras_png_slices_") in (s, s[:3])}
-        label = folders[-1] if folders and folders[-1] not in split_of else ""
-        name = path.name.split(".")[0]
-        if person_of(path):
-            name = re.sub(r"(_slice)?[ _-]*\d+$", "", name)
-        series.setdefault(("".join(split_of.values()), label, name), []).append(path)
+        named = [match[1].lower() for match in map(SPLIT_FOLDER.fullmatch, folders) if match]
+        split = next((s for s in SPLITS if named and s.startswith(named[0])), "")
+        label = folders[-1] if folders and not SPLIT_FOLDER.fullmatch(folders[-1]) else ""
+        name, person = stem_of(path), PERSON.search(path.name)
+        end = person.end() if person else len(name)  # the person's own number stays
+        name = name[:end] + re.sub(r"(_slice|[ _-])[ _-]*\d+$", "", name[end:])
+        series.setdefault((split, label, name), []).append(path)
     often = Counter(name for *_, name in series)
     return [Scan(name if often[name] == 1 else "_".join(filter(None, (split, label, name))),
                  person_of(paths[0]), str(paths[0].parent), partial(cut_pictures, paths),
@@ -810,15 +971,33 @@ def picture_scans(source: Path, files: list[Path]) -> list[Scan]:
 
 def cut_pictures(paths: list[Path], bad: list[BadSlice]) -> dict[int, np.ndarray]:
     """Pictures of one series, padded to squares, by their numbers; see `Scan`."""
-    slices = {}
+    slices, taken = {}, {}
     for path in paths:
+        number = slice_number(path.name)
         try:
-            image = read_gray(path)
-            check_slice(np.asarray(image), path)
-            slices[slice_number(path.name)] = fit(image, max(image.size))
+            if number in taken:
+                raise BadSlice(path, f"has the number of {taken[number]}",
+                               "remove one of the two, or number them apart")
+            image = read_slice(path)
+            slices[number], taken[number] = fit(image, max(image.size)), path
         except BadSlice as error:
             bad.append(error)
     return slices
+
+
+def merge_scans(scans: list[Scan]) -> list[Scan]:
+    """Each session once: a disc may lie unpacked beside its tar, or twice.
+
+    Raises UserError if two other files have one name.
+    """
+    merged: dict[str, Scan] = {}
+    for scan in scans:
+        other = merged.setdefault(scan.session, scan)
+        if other is not scan and not T88.fullmatch(Path(scan.source).name):
+            raise UserError(f"{scan.source} and {other.source} have one name; prepare them into "
+                            "two folders, or from the folder above them")
+    warn_of_nobody([scan.session for scan in merged.values() if scan.person is None])
+    return list(merged.values())
 
 
 class Preparation:
@@ -827,41 +1006,68 @@ class Preparation:
     Each session is cut into a folder of its own under OUT/.staged, whole or not at all. Only when
     all people are known, numbers and splits are given out, cases.csv is written, and the slices
     are moved to their places: no listing of the tars beforehand, and the ratios hold exactly.
+    Raises UserError for an OUT that is something else, or was made with other settings.
     """
 
     def __init__(self, out: Path, settings: dict, skip_bad: bool):
-        self.out, self.staged, self.skip_bad = out, out / ".staged", skip_bad
-        self.settings, self.cutting = settings, Cutting(settings["slices"], *settings["range"])
+        self.out, self.staged, self.note = out, out / ".staged", out / "prepare.json"
+        self.settings, self.skip_bad = settings, skip_bad
+        self.cutting = Cutting(settings["slices"], *settings["range"])
         self.bad: list[BadSlice] = []
-        self.stop = threading.Event()
+        self.lock, self.stop = threading.Lock(), threading.Event()
+        tars_done = self.read_note()
         there = Counter(person_of(path) for path in self.slices())
         try:
             self.rows = {row["session"]: row for row in read_cases(out)}
-            self.whole = {session for session, row in self.rows.items()
-                          if there[f"case_{int(row['case']):03d}"] == int(row["slices"])
-                          and row["split"] in SPLITS and row["person"]}
+            whole = {session for session, row in self.rows.items()
+                     if there[f"case_{int(row['case']):03d}"] == int(row["slices"])
+                     and row["split"] in SPLITS and row["person"]}
         except (KeyError, ValueError, TypeError):
             raise UserError(f"{out / 'cases.csv'}: is not as prepare wrote it; prepare into a new "
                             "folder") from None
+        self.tars_done = tars_done if len(whole) == len(self.rows) else []
+        for left_over in self.staged.glob(".*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        # Sessions that are there, or that a worker has begun.
+        self.taken = whole | {path.parent.name for path in self.staged.glob("*/scan.json")}
+
+    def read_note(self) -> list[str]:
+        """The tars that are done, by prepare.json, which is written if OUT is empty."""
+        if not self.note.exists():
+            if any(not path.name.startswith(".") for path in self.out.iterdir()):
+                raise UserError(f"{self.out}: is neither empty nor made by prepare; give a new "
+                                "folder")
+            write_json(self.note, {"settings": self.settings, "tars": []})
+        try:
+            before = json.loads(self.note.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.note}: cannot be read ({error}); give a new folder") from None
+        if before["settings"] != self.settings:
+            raise UserError(f"{self.out}: was prepared with {before['settings']}, now "
+                            f"{self.settings}; give those again, or a new folder")
+        return before["tars"]
 
     def slices(self) -> list[Path]:
         return sorted(self.out.glob("keras_png_slices_*/case_*_slice_*.nii.png"))
 
-    def is_there(self, session: str) -> bool:
-        return session in self.whole or (self.staged / session).is_dir()
-
-    def run(self, tars: list[Path], scans: list[Scan], workers: int) -> None:
+    def run(self, tars: dict[str, Path], scans: list[Scan], workers: int) -> None:
         """Stages all that is not whole yet, one volume per worker in memory at a time.
 
         A tar is worked off by one worker: unpacking it takes longer than cutting, and cannot be
         shared out. Raises UserError for bad scans unless they are to be skipped.
         """
-        for left_over in self.staged.glob(".*.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        total = sum(tar.stat().st_size for tar in tars) // 2**20 + len(scans)
+        # Before anything is staged, so that the same command works once the source is mended.
+        people = [(row["split"], row["person"]) for row in self.rows.values()]
+        people += [(scan.facts["split"], scan.person) for scan in scans if scan.facts.get("split")]
+        for line in in_two_splits(((split, who, who) for split, who in people if who), "people",
+                                  "move each person's slices to one split of the source"):
+            raise UserError(line)
+        self.staged.mkdir(exist_ok=True)
+        tars = {key: tar for key, tar in tars.items() if key not in self.tars_done}
+        total = sum(tar.stat().st_size for tar in tars.values()) // 2**20 + len(scans)
         with progress_bar(total, "preparing", "MB" if tars else "session") as bar, \
                 ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(self.stage_tar, tar, bar) for tar in tars]
+            jobs = [pool.submit(self.stage_tar, tar, bar) for tar in tars.values()]
             jobs += [pool.submit(self.stage, scan, bar) for scan in scans]
             try:
                 for job in jobs:
@@ -874,10 +1080,15 @@ class Preparation:
         if self.bad:
             print(f"warning: goes on without {len(self.bad)}: {listing(self.bad)}",
                   file=sys.stderr)
+        else:
+            self.tars_done = sorted({*self.tars_done, *tars})
 
     def stage(self, scan: Scan, bar: tqdm | None = None) -> None:
-        """Cuts one scan into OUT/.staged/SESSION, unless that is there."""
-        if not self.stop.is_set() and not self.is_there(scan.session):
+        """Cuts one scan into OUT/.staged/SESSION, unless that is there or being made."""
+        with self.lock:  # a disc may lie unpacked beside its tar
+            wanted = scan.session not in self.taken and not self.stop.is_set()
+            self.taken.add(scan.session)
+        if wanted:
             bad, slices = [], {}
             try:
                 slices = scan.cut(bad)
@@ -898,85 +1109,81 @@ class Preparation:
     def stage_tar(self, tar: Path, bar: tqdm) -> None:
         """Stages the T88 volumes of a disc's tar file, read once from front to back."""
         try:
-            for scan in self.scans_in(tar, bar):
-                self.stage(scan)
+            with tempfile.TemporaryDirectory(".tmp", ".", self.staged) as folder:
+                for scan in self.scans_in(tar, Path(folder), bar):
+                    self.stage(scan)
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise  # the fault is OUT's
             self.bad.append(BadSlice(tar, f"is cut short or no tar file ({error})",
                                      "download it again (the sessions before are kept)"))
 
-    def scans_in(self, tar: Path, bar: tqdm) -> Iterator[Scan]:
-        """The scans of a tar file, each with its two files open; notes the sessions' texts."""
-        halves: dict[str, dict] = {}
-        seen = 0
+    def scans_in(self, tar: Path, folder: Path, bar: tqdm) -> Iterator[Scan]:
+        """The scans of a tar file, one volume at a time unpacked into `folder`.
+
+        The sessions' texts are put into OUT/.staged for `finish`.
+        """
+        seen, found = 0, False
         with tar.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as members:
             for member in members:
+                if self.stop.is_set():
+                    return
                 bar.update(raw.tell() // 2**20 - seen)
                 seen = raw.tell() // 2**20
                 name = Path(member.name).name
-                if self.stop.is_set():
-                    return
-                if re.fullmatch(r"OAS1_\d+_MR\d+\.txt", name) and member.isfile():
-                    text = members.extractfile(member).read()
-                    write_atomic(self.staged / name, lambda file: file.write(text))
                 match = T88.fullmatch(name)
-                if not match or not member.isfile() or self.is_there(match[1]):
+                found |= bool(match)
+                if not member.isfile() or not (match and match[1] not in self.taken
+                                               or re.fullmatch(r"OAS1_\d+_MR\d+\.txt", name)):
                     continue
-                pair = halves.setdefault(match[1], {})
-                # The half that comes first waits on the disk, whatever the order.
-                pair[match[2]] = io.BytesIO() if pair else tempfile.TemporaryFile(dir=self.staged)
-                shutil.copyfileobj(members.extractfile(member), pair[match[2]])
-                pair[match[2]].seek(0)
-                if len(pair) == 2:
-                    pair = halves.pop(match[1])
-                    where = f"{tar}:{member.name.removesuffix('.img').removesuffix('.hdr')}.hdr"
-                    yield Scan(match[1], person_of(Path(name)), where, lambda bad: cut_pair(
-                        pair["hdr"], pair["img"], self.cutting, where), {})
-        for session in halves:
-            self.bad.append(BadSlice(f"{tar}:{session}", "has only one of .hdr and .img",
-                                     "download the disc again"))
+                file = (folder if match else self.staged) / name
+                with file.open("wb") as copy:
+                    shutil.copyfileobj(members.extractfile(member), copy)
+                header, voxels = file.with_suffix(".hdr"), file.with_suffix(".img")
+                if match and header.exists() and voxels.exists():
+                    where = f"{tar}:{Path(member.name).with_suffix('.hdr')}"
+                    yield Scan(match[1], person_of(file), where,
+                               lambda bad: cut_file(header, self.cutting, where), {})
+                    header.unlink(), voxels.unlink()
+        if not found:
+            self.bad.append(BadSlice(tar, "holds no *_t88_masked_gfc volume of OASIS-1",
+                                     "unpack it and give the folder"))
+        self.bad += [BadSlice(f"{tar}:{half.name}", "is only one of .hdr and .img",
+                              "download the disc again") for half in folder.iterdir()
+                     if T88.fullmatch(half.name)[1] not in self.taken]
 
     def finish(self) -> None:
         """Gives numbers and splits out, writes cases.csv, and moves the slices to their places.
 
-        Raises UserError if a person stands in two splits, or a picture does.
+        Raises UserError if a picture stands in two splits, or nothing is left.
         """
         new = [json.loads(path.read_text()) for path in sorted(self.staged.glob("*/scan.json"))]
-        for row in new:
-            text = self.staged / f"{row['session']}.txt"
-            row |= read_facts(text) if text.exists() else {}
-        self.give_splits(new)
+        split_of = {row["person"]: row["split"] for row in [*new, *self.rows.values()]
+                    if row.get("split")}
+        split_of = assign_splits([row["person"] for row in new], split_of,
+                                 self.settings["ratios"], self.settings["seed"])
         numbers = {int(row["case"]) for row in self.rows.values()}
         for row in new:
             own = re.fullmatch(r"case_(\d+)", row["session"])
             number = int(own[1]) if own and int(own[1]) not in numbers else \
                 max(numbers, default=0) + 1
             row["case"] = self.rows.get(row["session"], {}).get("case", number)
+            row["split"] = split_of[row["person"]]
+            text = self.staged / f"{row['session']}.txt"
+            row |= read_facts(text) if text.exists() else {}
             numbers.add(int(row["case"]))
             self.rows[row["session"]] = row
+        if not self.rows:
+            raise UserError(f"{self.out}: none of the source can be used; give another one")
         self.refuse_pictures_in_two_splits(new)
-        table = io.StringIO()
-        writer = csv.DictWriter(table, CASE_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(self.rows.values(), key=lambda row: int(row["case"])))
-        write_atomic(self.out / "cases.csv", lambda file: file.write(table.getvalue().encode()))
+        self.write_table()
         for row in new:
             folder = self.out / f"keras_png_slices_{row['split']}"
             folder.mkdir(exist_ok=True)
             for path in (self.staged / row["session"]).glob("*.png"):
                 os.replace(path, folder / f"case_{int(row['case']):03d}_slice_{path.stem}.nii.png")
-
-    def give_splits(self, new: list[dict]) -> None:
-        """Sets row["split"]: the source's own, or else by person."""
-        known = {row["person"]: row["split"] for row in self.rows.values()}
-        for row in new:
-            if row.get("split") and known.setdefault(row["person"], row["split"]) != row["split"]:
-                raise UserError(f"{row['person']} stands in both {known[row['person']]} and "
-                                f"{row['split']} of the source; move each person to one split")
-        split_of = assign_splits([row["person"] for row in new], known, self.settings["ratios"],
-                                 self.settings["seed"]) if not all(
-            row.get("split") for row in new) else known
-        for row in new:
-            row["split"] = split_of[row["person"]]
+        write_json(self.note, {"settings": self.settings, "tars": self.tars_done})
+        shutil.rmtree(self.staged)
 
     def refuse_pictures_in_two_splits(self, new: list[dict]) -> None:
         """By the PNG files' bytes, which all come from one encoder."""
@@ -984,270 +1191,46 @@ class Preparation:
                  for path in sorted((self.staged / row["session"]).glob("*.png"))]
         files += [(path.parent.name.removeprefix("keras_png_slices_"), path)
                   for path in self.slices()]
-        for line in pictures_in_two_splits(
-                (split, str(path.relative_to(self.out)), hashlib.sha1(path.read_bytes()).digest())
-                for split, path in files):
-            raise UserError(f"{self.out}: {line} of the source, and prepare into a new folder")
+        for line in in_two_splits(
+                ((split, hash(path.read_bytes()), str(path.relative_to(self.out)))
+                 for split, path in files), "pictures", "remove one copy of the source, and "
+                "prepare into a new folder"):
+            raise UserError(f"{self.out}: {line}")
 
-
-def pictures_in_two_splits(pictures: Iterable[tuple[str, str, bytes]]) -> list[str]:
-    """Of (split, name, digest): a line for each two splits that share pictures."""
-    first, shared = {}, {}
-    for split, name, digest in pictures:
-        other, where = first.setdefault(digest, (split, name))
-        if other != split:
-            shared.setdefault((other, split), []).append(f"{where} and {name}")
-    return [f"{len(pairs)} pictures stand in both {a} and {b}, such as {pairs[0]}; remove one copy"
-            for (a, b), pairs in shared.items()]
+    def write_table(self) -> None:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, CASE_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(self.rows.values(), key=lambda row: int(row["case"])))
+        write_atomic(self.out / "cases.csv", lambda file: file.write(table.getvalue().encode()))
 
 
 def prepare(sources: list[Path], out: Path, settings: dict, workers: int, skip_bad: bool) -> None:
-    """Makes the report's layout of any source; what a former call has done is kept.
+    """Makes the report's layout of any sources; what a former call has done is kept.
 
-    Raises UserError for bad sources, or an OUT that is something else.
+    settings: slices, range, ratios and seed as main's options. Raises UserError.
     """
-    cutting = Cutting(settings["slices"], *settings["range"])
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise UserError(f"{out}: lies in the source; give another folder")
-    note = out / "prepare.json"
-    try:
-        before = json.loads(note.read_text()) if note.exists() else None
-        if before is None and out.exists() and any(out.iterdir()):
-            raise UserError(f"{out}: is neither empty nor made by prepare; give a new folder")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{note}: cannot be read ({error}); give a new folder") from None
-    if before and before.get("settings") != settings:
-        raise UserError(f"{out}: was prepared with {before.get('settings')}, now {settings}; give "
-                        "those again, or a new folder")
-    found = [find_scans(source, cutting) for source in sources]
+    found = [find_scans(source, Cutting(settings["slices"], *settings["range"]))
+             for source in sources]
     tars = {f"{tar.name} {tar.stat().st_size}": tar for group, _ in found for tar in group}
     scans = merge_scans([scan for _, group in found for scan in group])
-    if not before:
-        write_json(note, {"settings": settings, "tars": []})
-    work = Preparation(out, settings, skip_bad)
     try:
-        with locked(out / ".staged" / "lock", wait=False):
-            done = before["tars"] if before and len(work.whole) == len(work.rows) else []
-            work.run([tar for key, tar in tars.items() if key not in done], scans, workers)
+        with locked(out / ".lock", wait=False):
+            work = Preparation(out, settings, skip_bad)
+            work.run(tars, scans, workers)
             work.finish()
-            write_json(note, {"settings": settings,
-                              "tars": sorted({*done, *([] if work.bad else tars)})})
-            shutil.rmtree(work.staged)
     except BlockingIOError:
         raise UserError(f"{out}: another prepare is at work on it; wait for it") from None
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); free some space and give "
                         "the same command again") from None
-    report(work.rows)
-
-
-def merge_scans(scans: list[Scan]) -> list[Scan]:
-    """Each session once: a disc may lie unpacked beside its tar, or twice.
-
-    Raises UserError if two other files have one name.
-    """
-    merged: dict[str, Scan] = {}
-    for scan in scans:
-        other = merged.setdefault(scan.session, scan)
-        if other is not scan and not T88.fullmatch(Path(scan.source).name):
-            raise UserError(f"{scan.source} and {other.source} have one name; prepare them into "
-                            "two folders, or from the folder above them")
-    warn_of_nobody([scan.session for scan in merged.values() if scan.person is None])
-    return list(merged.values())
-
-
-def report(rows: dict[str, dict]) -> None:
-    """Prints what an OUT holds."""
     for split in SPLITS:
-        of_split = [row for row in rows.values() if row["split"] == split]
-        print(f"{split:9s}{sum(int(row['slices']) for row in of_split):6d} slices  "
-              f"{len(of_split):4d} sessions  {len({row['person'] for row in of_split}):4d} people")
-
-
-# ---------------------------------------------------------------------------------------------
-# Phantoms
-# ---------------------------------------------------------------------------------------------
-
-
-def _smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
-    """A smooth random field, (size, size), with features of about size / cells pixels."""
-    coarse = Image.fromarray(rng.standard_normal((cells + 1, cells + 1)).astype(np.float32))
-    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC,
-                                    box=(0.5, 0.5, cells + 0.5, cells + 0.5)))
-
-
-def draw_phantom(image_size: int, person: int, position: float, seed: int = 0) -> np.ndarray:
-    """One phantom slice, uint8 (S, S): an axial brain drawn from formulas, front of the head up.
-
-    person: chooses the anatomy (outline, folds, ventricle width); position: height in the head,
-    0 (low) to 1 (high). Skull-free outline, folded cortex, grey and white matter, ventricles,
-    deep nuclei, bias field and noise; black outside. A pure function of its arguments.
-    """
-    rng = np.random.default_rng([seed, person])
-    size = 2 * image_size  # drawn at twice the size, then averaged: antialiased
-    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
-    width, length = rng.uniform(0.60, 0.68), rng.uniform(0.76, 0.84)
-    shrink = np.sqrt(1 - 0.45 * position**2)  # the head closes towards the top
-    angle = np.arctan2(x, -y)
-    lobes = 1 + 0.03 * np.cos(3 * angle + rng.normal(0, 0.2)) - 0.05 * np.cos(angle)
-    radius = np.hypot(x / (width * shrink), y / (length * shrink)) / lobes  # 1 on the surface
-
-    # Sulci are the zero lines of smooth noise: they meander, branch and end as real ones do.
-    folds = _smooth_noise(rng, 12, size) + (position - 0.5) * _smooth_noise(rng, 12, size)
-    depth = np.clip((radius - 0.45) / 0.4, 0, 1)
-    ribbon = np.abs(folds) / (0.05 + 0.95 * depth)
-    white, grey, fluid = 0.80, 0.55, 0.12
-    image = np.where((ribbon < 0.65) & (radius > 0.5) | (radius > 0.93), grey, white)
-    image = np.where((ribbon < 0.13) & (radius > 0.62), fluid, image)
-
-    nuclei = np.hypot((np.abs(x) - 0.19) / 0.08, (y - 0.02) / 0.17) < 1 - 0.5 * position
-    image = np.where(nuclei, 0.5 * (grey + white), image)
-    swelling = rng.uniform(0.03, 0.11) * (1 - 0.7 * position)
-    centre = 0.05 + 0.45 * (y - 0.02) ** 2 + swelling
-    reach = np.clip(1 - ((y - 0.02) / (0.40 - 0.12 * position)) ** 2, 0, None)
-    image = np.where(np.abs(np.abs(x) - centre) < swelling * np.sqrt(reach), fluid, image)
-    midline = np.abs(x + 0.01 * _smooth_noise(rng, 4, size)) < 0.012 + 0.008 * radius
-    image = np.where(midline & (np.abs(y) > 0.38 - 0.3 * position), fluid, image)
-
-    image = image * np.exp(0.06 * _smooth_noise(rng, 2, size))
-    image = image + 0.03 * np.random.default_rng([seed, person, round(position * 1e6)]
-                                                 ).standard_normal(image.shape)
-    image = np.where(radius < 1, image, 0).clip(0, 1)
-    image = image.reshape(image_size, 2, image_size, 2).mean(axis=(1, 3))
-    return (255 * image).round().astype(np.uint8)
-
-
-def phantom_slices(image_size: int, first_person: int, people: int, per_person: int = 8,
-                   seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """Phantoms of `people` anatomies, evenly spaced heights each: uint8 (N, S, S) and names."""
-    places = [(person, slice_) for person in range(first_person, first_person + people)
-              for slice_ in range(per_person)]
-    images = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, \
-            progress_bar(len(places), "drawing phantoms", "slice") as bar:
-        for image in pool.map(
-                lambda p: draw_phantom(image_size, p[0], (p[1] + 0.5) / per_person, seed), places):
-            images.append(image)
-            bar.update()
-    return np.stack(images), [f"phantom_{p:03d}_slice_{s}" for p, s in places]
-
-
-# ---------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """One split in memory: uint8 (N, H, W), and each slice's file name and person."""
-
-    images: np.ndarray
-    names: list[str]
-    people: list[str]
-    crc32: int
-
-
-def load_splits(root: Path | None, image_size: int | None, cache: Path | None = None,
-                skip_bad: bool = False) -> dict[str, Split]:
-    """The splits of a root, or of the phantoms for None; those without slices are left out.
-
-    Raises UserError as the functions above do, or if the splits differ in size or share a
-    picture. Warns of slices that are smaller than the image size.
-    """
-    if root is None:
-        people = {"train": (0, 192), "validate": (192, 16), "test": (208, 16)}
-        phantoms = {s: phantom_slices(image_size or 64, *people[s]) for s in SPLITS}
-        return {s: Split(images, names, [person_of(Path(n)) for n in names], zlib.crc32(images))
-                for s, (images, names) in phantoms.items()}
-    person = person_finder(root)
-    loaded = {}
-    for split, files in find_slices(root).items():
-        if skip_bad and files:
-            files = without_bad(files, image_size, cache)
-        if files:
-            images, crc = load_images(files, image_size, cache)
-            loaded[split] = Split(images, [path.name for path in files],
-                                  [person(path) or path.stem for path in files], crc)
-            warn_if_enlarged(files, image_size)
-    if "train" not in loaded:
-        raise UserError(f"{root}: no slice of train can be used; give another folder")
-    shapes = {split: loaded[split].images.shape[1:] for split in loaded}
-    if len(set(shapes.values())) > 1:
-        raise UserError(f"{root}: the splits differ in size (" + ", ".join(
-            f"{s} {h}x{w}" for s, (h, w) in shapes.items()) + "); give --image-size")
-    for line in pictures_in_two_splits(
-            (split, f"{split}/{name}", (zlib.crc32(image), zlib.adler32(image)))
-            for split, (images, names, *_) in loaded.items()
-            for name, image in zip(names, images)):
-        raise UserError(f"{root}: {line}")
-    return loaded
-
-
-def warn_if_enlarged(files: list[Path], image_size: int | None) -> None:
-    """Says that slices are smaller than the image size, by eight of them, since it is cheap."""
-    for path in files[::max(1, len(files) // 8)] if image_size else ():
-        with Image.open(path) as image:
-            if max(image.size) < image_size:
-                print(f"warning: slices such as {path} have {image.width}x{image.height} pixels "
-                      f"and are upsampled to the image size {image_size}; a smaller --image-size "
-                      "loses nothing", file=sys.stderr)
-                return
-
-
-@lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def batch_indices(count: int, batch_size: int, seed: int, step: int, rank: int = 0,
-                  world_size: int = 1) -> np.ndarray:
-    """Which slices make the batch of a rank at a step: int64 (batch_size,) in [0, count).
-
-    A pure function of its arguments: every epoch is a fresh permutation that all ranks share
-    out, so that there is no order to save and none to fast-forward.
-    """
-    first = (step * world_size + rank) * batch_size
-    places = np.arange(first, first + batch_size)
-    return np.array([_permutation(count, seed, place // count)[place % count]
-                     for place in places.tolist()])
-
-
-class Slices:
-    """Slices of one split, kept as uint8 where that is fastest, handed out as [-1, 1].
-
-    positions: float32 (N,), the height of each slice by its number, 0 (lowest of the split) to 1;
-    people: whose each is. On a GPU the set is copied to the card if it takes less than a quarter
-    of the free memory.
-    """
-
-    def __init__(self, images: np.ndarray, names: list[str], device: torch.device,
-                 people: list[str] | None = None):
-        self.names = names
-        self.people = people or [person_of(Path(name)) or name for name in names]
-        numbers = np.array([slice_number(name) for name in names], np.float32)
-        self.positions = (numbers - numbers.min()) / max(1, np.ptp(numbers))
-        self.device = device
-        self.images = torch.from_numpy(images)
-        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.images = self.images.to(device)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, indices: np.ndarray) -> Tensor:
-        """int64 (B,) -> float32 (B, 1, H, W) in [-1, 1] on the device."""
-        index = torch.from_numpy(indices)
-        if self.images.device.type == "cuda":
-            index = _to_card(index, self.device)
-        batch = self.images[index]
-        if self.device.type == "cuda" and batch.device.type == "cpu":
-            batch = _to_card(batch, self.device)
-        return batch.to(self.device)[:, None].float() / 127.5 - 1
-
-
-def _to_card(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy to the GPU that the host does not wait for; only pinned memory allows that."""
-    return tensor.pin_memory().to(device, non_blocking=True)
+        rows = [row for row in work.rows.values() if row["split"] == split]
+        print(f"{split:9s}{sum(int(row['slices']) for row in rows):6d} slices  "
+              f"{len(rows):4d} sessions  {len({row['person'] for row in rows}):4d} people")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1260,7 +1243,7 @@ class Facts(NamedTuple):
 
     kind: str  # size, format, bits
     counts: np.ndarray  # of each of 256 grey levels, after square padding
-    digest: bytes  # of the pixels
+    digest: int  # of the pixels
     small: np.ndarray  # uint8 (128, 128)
 
 
@@ -1268,21 +1251,16 @@ def facts_of(image: Image.Image, kind: str) -> Facts:
     pixels = fit(image, None)
     counts = np.bincount(pixels.ravel(), minlength=256)
     counts[0] += max(image.size) ** 2 - pixels.size
-    return Facts(kind, counts, hashlib.blake2b(pixels).digest() + repr(image.size).encode(),
-                 fit(image, 128))
+    return Facts(kind, counts, hash((pixels.tobytes(), image.size)), fit(image, 128))
 
 
-def survey(path: Path) -> Facts | BadSlice:
-    """Reads and checks one file."""
-    try:
-        image = read_gray(path)
-        check_slice(np.asarray(image), path)
-        with Image.open(path) as header:
-            bits = 16 if header.mode.startswith("I") else 8
-            return facts_of(image, f"{image.width}x{image.height} {header.format} {bits} bits "
-                                   f"{header.mode}")
-    except BadSlice as error:
-        return error
+def survey(path: Path) -> Facts:
+    """Reads and checks one file. Raises BadSlice."""
+    image = read_slice(path)
+    with Image.open(path) as header:
+        bits = 16 if header.mode.startswith("I") else 8
+        return facts_of(image, f"{image.width}x{image.height} {header.format} {bits} bits "
+                               f"{header.mode}")
 
 
 def inspect(root: Path | None, picture: Path) -> None:
@@ -1290,24 +1268,25 @@ def inspect(root: Path | None, picture: Path) -> None:
 
     Raises UserError, after the report, if train.py would refuse the root.
     """
-    person, bad, kept, rows = person_finder(root or Path()), [], {}, []
+    person = person_finder(root) if root else person_of
     files = find_slices(root, shared_people=True) if root else {}
-    found = {s: survey_all(f) for s, f in files.items() if f} if root else {
-        s: [(Path(name), facts_of(Image.fromarray(image), "phantom"))
-            for name, image in zip(split.names, split.images)]
-        for s, split in load_splits(None, 128).items()}
+    found = {s: list(zip(f, in_parallel(survey, f, "reading"))) for s, f in files.items() if f} \
+        if root else {s: [(Path(name), facts_of(Image.fromarray(image), "phantom"))
+                          for name, image in zip(split.names, split.images)]
+                      for s, split in load_splits(None, 128).items()}
+    bad, kept, rows = [], [], []
     print(f"{root or 'phantoms (no data given)'}")
     for split, results in found.items():
         bad += [facts for _, facts in results if isinstance(facts, BadSlice)]
-        kept[split] = good = [pair for pair in results if not isinstance(pair[1], BadSlice)]
+        good = [pair for pair in results if isinstance(pair[1], Facts)]
+        kept += [(split, facts.digest, f"{split}/{path.name}") for path, facts in good]
         print(f"  {split:9s}{len(good):6d} slices", end="" if good else "\n")
         if good:
             describe(good, person)
             chosen = np.random.default_rng(0).choice(len(good), 8, replace=len(good) < 8)
             rows += [good[index][1].small for index in sorted(chosen)]
-    troubles = people_in_two_splits(files, person) + pictures_in_two_splits(
-        (split, f"{split}/{path.name}", facts.digest)
-        for split, good in kept.items() for path, facts in good)
+    troubles = people_in_two_splits(files, person) + in_two_splits(kept, "pictures",
+                                                                   "remove one copy")
     troubles += [str(BadSlices(bad, sum(map(len, found.values()))))] if bad else []
     print("  people or pictures in two splits, files that cannot be used: "
           + ("none" if not troubles else "".join(f"\n    {line}" for line in troubles)))
@@ -1316,13 +1295,6 @@ def inspect(root: Path | None, picture: Path) -> None:
         print(f"8 random slices of each split, row by row: {picture}")
     if troubles:
         raise UserError(f"{root}: train.py would refuse it: {troubles[0]}")
-
-
-def survey_all(files: list[Path]) -> list[tuple[Path, Facts | BadSlice]]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool, \
-            progress_bar(len(files), "reading", "slice") as bar:
-        return [(path, facts) for path, facts in zip(files, pool.map(survey, files))
-                if bar.update() or True]
 
 
 def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
@@ -1336,28 +1308,25 @@ def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
     kinds = Counter(facts.kind for _, facts in good)
     print(f"{'':11s}" + ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common(3))
           + (f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""))
-    bands = np.append(counts, 0)[8:256].reshape(62, 4).sum(1)
+    bands = counts[8:].reshape(62, 4).sum(1)
     marks = " .:-=+*#%@"
     print(f"{'':11s}grey levels 8 to 255 |" + "".join(
         marks[round(9 * share)] for share in bands / max(1, bands.max())) + "|")
 
 
-def numbers(count: int, fits: Callable, wanted: str) -> Callable:
-    """An argparse type: numbers between commas, with a check and its words for the error line."""
-    def parse(text: str) -> tuple[float, ...]:
+def checked(parse: Callable, fits: Callable, wanted: str) -> Callable:
+    """An argparse type: what parse(text) gives, with a check and its words for the error line."""
+    def convert(text: str):
         with contextlib.suppress(ValueError):
-            values = tuple(float(part) for part in text.split(","))
-            if len(values) == count and fits(*values):
-                return values
+            value = parse(text)
+            if fits(value):
+                return value
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return parse
+    return convert
 
 
-def whole(text: str, least: int = 1) -> int:
-    """An argparse type: a whole number."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-    return int(text)
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def main() -> None:
@@ -1370,20 +1339,21 @@ def main() -> None:
                          "or a folder of discs, NIfTI volumes or pictures")
     command.add_argument("out", type=Path, metavar="OUT", help="folder for the slices; what is "
                          "there already is kept")
+    positive = checked(int, lambda n: n >= 1, "a whole number from 1 on")
     add = command.add_argument
-    add("--slices", type=whole, default=32, metavar="N", help="slices per volume")
-    add("--range", type=numbers(
-        2, lambda low, high: 0 <= low < high <= 1, "two heights from 0 to 1, such as 0.2,0.85"),
-        default="0.2,0.85", metavar="LOW,HIGH",
+    add("--slices", type=positive, default=32, metavar="N", help="slices per volume")
+    add("--range", type=checked(
+        numbers, lambda r: len(r) == 2 and 0 <= r[0] < r[1] <= 1,
+        "two heights from 0 to 1, such as 0.2,0.85"), default="0.2,0.85", metavar="LOW,HIGH",
         help="first and last slice as shares of the brain's height")
-    add("--ratios", type=numbers(
-        3, lambda *r: r[0] > 0 and min(r) >= 0 and abs(sum(r) - 1) < 1e-6,
+    add("--ratios", type=checked(
+        numbers, lambda r: len(r) == 3 and r[0] > 0 and min(r) >= 0 and abs(sum(r) - 1) < 1e-6,
         "three shares that add up to 1, such as 0.85,0.10,0.05"),
         default=",".join(map(str, RATIOS)), metavar="T,V,S",
         help="shares of the people in train, validate and test, unless the source has splits")
-    add("--seed", type=partial(whole, least=0), default=0, metavar="K",
-        help="who goes to which split")
-    add("--workers", type=whole, default=os.cpu_count(), metavar="N",
+    add("--seed", type=checked(int, lambda n: n >= 0, "a whole number from 0 on"), default=0,
+        metavar="K", help="who goes to which split")
+    add("--workers", type=positive, default=os.cpu_count(), metavar="N",
         help="volumes in memory at a time, one per worker")
     add("--skip-bad", action="store_true", help="go on without files that cannot be used")
     command = commands.add_parser("inspect", help="counts, people, sizes, grey levels, duplicates, "
@@ -1396,8 +1366,7 @@ def main() -> None:
     if args.command == "inspect":
         inspect(args.root, args.out)
     else:
-        settings = {"slices": args.slices, "range": list(args.range), "seed": args.seed,
-                    "ratios": list(args.ratios)}
+        settings = {key: getattr(args, key) for key in ("slices", "range", "ratios", "seed")}
         prepare(args.sources, args.out, settings, args.workers, args.skip_bad)
 
 

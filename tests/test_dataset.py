@@ -145,6 +145,12 @@ def test_flat_folder_is_split_by_person(tmp_path):
     assert found == find_slices(tmp_path)
 
 
+def test_shares_that_round_up_leave_somebody_to_train_on():
+    for people in range(3, 12):
+        split_of = dataset.assign_splits(map(str, range(people)), ratios=(0.02, 0.49, 0.49))
+        assert set(split_of.values()) == set(dataset.SPLITS) and len(split_of) == people
+
+
 @pytest.mark.parametrize("name, person", [
     ("case_001_slice_0.nii.png", "case_001"), ("OAS1_0061_MR2_90.png", "OAS1_0061"),
     ("sub-07_T1w_80.tif", "sub-07"), ("brain7.png", None)])

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -283,6 +284,32 @@ def test_class_folders_and_one_flat_folder(tmp_path, run, folders):
         assert (found[:, 5:35] == np.asarray(image)).all() and found.shape == (40, 40)
 
 
+def test_one_picture_per_person_and_names_with_dots(tmp_path, run):
+    """A person's own number is no slice's, and a dot within a name does not end it."""
+    names = ["OAS1_0001.jpg", "OAS1_0002.jpg", "OAS1_0003_MR1.jpg", "OAS1_0003_MR2.jpg",
+             "sub-04.png", "1.2.840.5.png", "1.2.840.6.png", "lock.png"]
+    (tmp_path / "s").mkdir()
+    for seed, name in enumerate(names):
+        shades(seed).save(tmp_path / "s" / name)
+    run("prepare", tmp_path / "s", tmp_path / "o")
+    assert sorted((r["session"], r["person"], r["slices"]) for r in table(tmp_path / "o")) == [
+        (session, person, "1") for session, person in sorted(zip(
+            ["OAS1_0001", "OAS1_0002", "OAS1_0003_MR1", "OAS1_0003_MR2", "sub-04", "1.2.840.5",
+             "1.2.840.6", "lock"],
+            ["OAS1_0001", "OAS1_0002", "OAS1_0003", "OAS1_0003", "sub-04", "1.2.840.5",
+             "1.2.840.6", "lock"]))]
+    assert len(pictures(tmp_path / "o")) == 8
+
+
+def test_splits_by_other_names(tmp_path, run):
+    for number, folder in enumerate(("Train/Demented", "val/Demented", "Testing/Demented")):
+        source(tmp_path, folder, count=2, first=2 * number)
+    run("prepare", tmp_path / "s", tmp_path / "o")
+    assert [(r["person"], r["split"], r["class"]) for r in table(tmp_path / "o")] == [
+        ("case_000", "train", "Demented"), ("case_001", "validate", "Demented"),
+        ("case_002", "test", "Demented")]
+
+
 def test_prepared_slices_train(discs, tmp_path, run, capsys):
     run("prepare", discs, tmp_path / "o", "--slices", 8)
     run_folder = tmp_path / "r"
@@ -332,6 +359,55 @@ def test_new_people_do_not_move_old_ones(tmp_path, run):
     after = {r["person"]: r["split"] for r in table(tmp_path / "o")}
     assert before.items() <= after.items() and len(after) == 40
     assert [list(after.values()).count(s) for s in dataset.SPLITS] == [34, 4, 2]
+
+
+def test_a_disc_beside_its_tar_is_cut_once(discs, tmp_path, run, monkeypatch):
+    """Two workers come to the same session at the same time."""
+    pack(discs, tmp_path / "disc1.tar.gz")
+    cut, real = [], dataset.cut_volume
+
+    def slow(volume, zooms, cutting, name):
+        cut.append(name)
+        time.sleep(0.3)
+        return real(volume, zooms, cutting, name)
+    monkeypatch.setattr(dataset, "cut_volume", slow)
+    run("prepare", discs, tmp_path / "disc1.tar.gz", tmp_path / "o", *FEW, "--workers", 2)
+    assert len(cut) == len(PEOPLE) and [r["session"] for r in table(tmp_path / "o")] == PEOPLE
+
+
+def test_copies_of_a_disc_in_one_source_are_one(tmp_path):
+    for copy in ("a", "b"):
+        name = "OAS1_0001_MR1_mpr_n4_anon_111_t88_masked_gfc.hdr"
+        (tmp_path / copy).mkdir()
+        (tmp_path / copy / name).touch()
+    scans = dataset.merge_scans(dataset.find_scans(tmp_path, Cutting())[1])
+    assert [scan.session for scan in scans] == ["OAS1_0001_MR1"]
+
+
+def test_what_another_prepare_did_before_the_lock_is_seen(tmp_path, monkeypatch, run):
+    folder = source(tmp_path)
+    cut, real, locked = [], dataset.cut_pictures, dataset.locked
+    monkeypatch.setattr(dataset, "cut_pictures", lambda *a: (cut.append(a), real(*a))[1])
+
+    def late(*args, **options):
+        monkeypatch.setattr(dataset, "locked", locked)
+        run("prepare", folder, tmp_path / "o")
+        return locked(*args, **options)
+    monkeypatch.setattr(dataset, "locked", late)
+    run("prepare", folder, tmp_path / "o")
+    assert len(cut) == len(table(tmp_path / "o")) == 3 and len(pictures(tmp_path / "o")) == 6
+
+
+def test_the_same_command_works_once_the_source_is_mended(tmp_path, refused, run):
+    folder = source(tmp_path)
+    other = source(tmp_path, "test", first=5, count=3)
+    refused(dataset.main, ["prepare", tmp_path / "s", tmp_path / "o"],
+            "1 people stand in both test and train, such as case_002", "move each")
+    (folder / "case_002_slice_1.png").unlink()
+    (folder / "case_002_slice_0.png").rename(other / "case_002_slice_0.png")
+    run("prepare", tmp_path / "s", tmp_path / "o")
+    assert [(r["person"], r["split"]) for r in table(tmp_path / "o")] == [
+        ("case_000", "train"), ("case_001", "train"), ("case_002", "test"), ("case_003", "test")]
 
 
 @pytest.mark.parametrize("moment", ["stage", "finish", "move"])
@@ -542,6 +618,26 @@ def test_skip_bad_trains_without_them_and_remembers(tmp_path, capsys):
         assert "goes on without 13 of 40 images" in capsys.readouterr().err
 
 
+def test_skip_bad_without_a_cache_and_with_nothing_left(tmp_path, refused, capsys):
+    unreadable(tmp_path)
+    (tmp_path / "kept").write_text("a file where the folder should be")
+    split = load_splits(tmp_path / "s", 16, tmp_path / "kept", skip_bad=True)["train"]
+    assert len(split.images) == 28
+    label_maps(tmp_path / "l")
+    with pytest.raises(UserError, match="no slice of train can be used"):
+        load_splits(tmp_path / "l" / "s", 16, skip_bad=True)
+    capsys.readouterr()
+    refused(dataset.main, ["prepare", tmp_path / "l" / "s", tmp_path / "o", "--skip-bad"],
+            "none of the source can be used")
+
+
+def test_two_pictures_of_one_number_are_not_made_one(tmp_path, refused):
+    folder = source(tmp_path)
+    shades(77).save(folder / "case_001_slice_1.jpg")
+    refused(dataset.main, ["prepare", folder, tmp_path / "o"], "case_001_slice_1.png: has the "
+            "number of", "case_001_slice_1.jpg", "number them apart")
+
+
 def test_fewer_slices_than_a_batch_and_small_ones(tmp_path, refused, capsys):
     source(tmp_path)
     args = ["--data", tmp_path / "s", "--image-size", 64, "--run", tmp_path / "r", "--device",
@@ -563,12 +659,16 @@ def test_sources_and_folders_that_do_not_do(tmp_path, refused, run):
     (tmp_path / "no.tar.gz").write_text("no tar")
     attempt([tmp_path / "no.tar.gz", tmp_path / "o1"], "no.tar.gz: is cut short or no tar file",
             "download it again")
+    other = pack(source(tmp_path, folder="t"), tmp_path / "pictures.tar")
+    attempt([other, tmp_path / "o1"], "pictures.tar: holds no *_t88_masked_gfc volume", "unpack it")
     folder = source(tmp_path)
     attempt([folder, folder / "o"], "lies in the source", "another folder")
     attempt([folder, tmp_path / "s"], "neither empty nor made by prepare", "new folder")
     attempt([folder, tmp_path / "o2", "--ratios", "1,1,1"], "--ratios", "'1,1,1'")
     attempt([folder, tmp_path / "o2", "--range", "0.9,0.1"], "--range", "'0.9,0.1'")
     attempt([folder, tmp_path / "o2", "--slices", "0"], "--slices", "'0'")
+    (tmp_path / "o2").mkdir(exist_ok=True)
+    (tmp_path / "o2" / ".prepare.json.1.tmp").touch()  # killed at its very start
     run("prepare", folder, tmp_path / "o2")
     attempt([folder, tmp_path / "o2", "--seed", "5"], "was prepared with", "a new folder")
     (tmp_path / "o2" / "cases.csv").write_bytes(b"\xff\0")
@@ -576,7 +676,7 @@ def test_sources_and_folders_that_do_not_do(tmp_path, refused, run):
     (tmp_path / "o2" / "cases.csv").write_text("case,session\n1,x\n")
     attempt([folder, tmp_path / "o2"], "cases.csv: is not as prepare wrote it", "new folder")
     attempt([folder, tmp_path / "o3", "--seed=-1"], "--seed", "'-1'")
-    with dataset.locked(tmp_path / "o4" / ".staged" / "lock"):
+    with dataset.locked(tmp_path / "o4" / ".lock"):
         (tmp_path / "o4" / "prepare.json").write_text(
             (tmp_path / "o2" / "prepare.json").read_text())
         attempt([folder, tmp_path / "o4"], "another prepare is at work on it")
@@ -679,6 +779,21 @@ def test_a_tar_that_is_cut_short_keeps_what_came_before(discs, tmp_path, run, re
     tar.write_bytes(content)
     run("prepare", tar, tmp_path / "o", *FEW)
     assert [r["session"] for r in table(tmp_path / "o")] == PEOPLE
+
+
+def test_a_full_disk_is_no_damaged_tar(discs, tmp_path, refused, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(dataset.shutil, "copyfileobj", full)
+    refused(dataset.main, ["prepare", pack(discs, tmp_path / "disc1.tar.gz"), tmp_path / "o"],
+            "o: cannot be written (No space left", "free some space")
+
+
+def test_half_a_volume_in_a_tar(discs, tmp_path, refused):
+    tar = pack(discs, tmp_path / "disc1.tar.gz", lambda files: sorted(
+        p for p in files if p.name != "OAS1_0002_MR1_mpr_n4_anon_111_t88_masked_gfc.img"))
+    refused(dataset.main, ["prepare", tar, tmp_path / "o", *FEW],
+            "OAS1_0002_MR1_mpr_n4_anon_111_t88_masked_gfc.hdr: is only one of .hdr and .img")
 
 
 def test_permission_denied(tmp_path, refused, monkeypatch):

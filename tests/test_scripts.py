@@ -89,6 +89,14 @@ def test_inspect(data, tmp_path, refused):
     refused("dataset.py", ["inspect", tmp_path / "nowhere"], "nowhere")
 
 
+def test_inspect_into_a_pipe_that_is_closed(data, tmp_path):
+    """As by `inspect ROOT | head -1`."""
+    process = subprocess.Popen([sys.executable, ROOT / "dataset.py", "inspect", data],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_sigterm_saves_and_the_same_command_continues(data, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--data", data, "--run", "r", *SMALL,
