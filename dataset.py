@@ -444,7 +444,7 @@ def decode(path: Path, image_size: int | None) -> np.ndarray:
     return fit(read_slice(path), image_size)
 
 
-def in_parallel(work: Callable, items: Iterable, desc: str) -> Iterator:
+def in_parallel(work: Callable, items: list, desc: str) -> Iterator:
     """Yields work(item) for each, in order, with a bar; a BadSlice is yielded too, not raised."""
     def attempt(item):
         try:
