@@ -686,7 +686,7 @@ class Slices:
     def __getitem__(self, indices: np.ndarray) -> Tensor:
         """int64 (B,) -> float32 (B, 1, H, W) in [-1, 1] on the device."""
         index = _moved(torch.from_numpy(indices), self.images.device)
-        return _moved(self.images[index], self.device)[:, None].float() / 127.5 - 1
+        return _moved(self.images[index], self.device)[:, None].float().div_(127.5).sub_(1)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

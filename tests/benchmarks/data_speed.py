@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from bench import ROOT, draw_bars, facts, print_table, save_json
 from dataset import Slices, batch_indices, load_images, phantom_slices, run_cli
+from modules import keep_freed_memory
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -117,6 +118,7 @@ def main() -> None:
                         help="slices per batch (default: %(default)s)")
     args = parser.parse_args()
     device = bench.find_device(args.device)
+    keep_freed_memory()  # as train.py does
     workers = os.cpu_count()
     with tempfile.TemporaryDirectory() as scratch:
         folder, cache = Path(scratch) / "slices", Path(scratch) / "cache"
