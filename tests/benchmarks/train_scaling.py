@@ -67,8 +67,8 @@ def loop_costs(size: int, device: torch.device) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(Path(scratch), *our_configs(size, preset["batch_size"], device), data, device)
         whole = fastest(run.train_step, device, 8)
-        norm = run.train_step()
         log, per_save = Log(run, 50), 1000 / preset["save_every"]
+        norm = run.train_step()
         log.pause()
         parts = {  # name: (the work, how often in 1,000 steps)
             "a log line and metrics.csv": (lambda: (setattr(run, "loss_count", 1),
