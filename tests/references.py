@@ -10,7 +10,8 @@ def diffusers_net(config: UNetConfig) -> UNet2DModel:
     whose pixel blocks are folded into channels already (`pixel_unshuffle` by `patch_size`)."""
     attention = [side in config.attention_resolutions for side in config.resolutions]
     return UNet2DModel(
-        sample_size=config.sample_size, in_channels=config.in_channels * config.patch_size**2,
+        sample_size=[side // config.patch_size for side in config.sample_size],
+        in_channels=config.in_channels * config.patch_size**2,
         out_channels=config.out_channels * config.patch_size**2,
         block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
         attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups,
