@@ -8,6 +8,7 @@ from `python train.py` to its first step.
 """
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def their_batches(folder: Path, size: int, batch_size: int, workers: int, device
     loader = DataLoader(ImageFolder(str(folder), transform), batch_size, shuffle=True,
                         num_workers=workers, drop_last=True, persistent_workers=workers > 0,
                         pin_memory=device.type == "cuda")
-    batches = iter(loader)
+    batches = (batch for _ in itertools.count() for batch in loader)  # epoch after epoch
     for _ in range(4):  # the workers' start does not count
         next(batches)[0].to(device)
     count, start = 0, time.perf_counter()
