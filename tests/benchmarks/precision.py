@@ -20,9 +20,8 @@ def train(args, dtype: str, seed: int, loaded: dict, device) -> dict:
     """One run: its training losses step by step, and its validation loss at the end."""
     options = ["--preset", args.preset, "--steps", str(args.steps), "--dtype", dtype, "--seed",
                str(seed), "--warmup-steps", "50"]
-    images = loaded["train"][0]
-    configs = make_configs(parse_args(options), images.shape[1:], device, 0)
-    data = {split: Slices(*loaded[split], device) for split in loaded}
+    configs = make_configs(parse_args(options), loaded["train"].images.shape[1:], device, 0)
+    data = {name: Slices(split.images, split.names, device) for name, split in loaded.items()}
     with tempfile.TemporaryDirectory() as scratch:
         run, losses = Run(Path(scratch), *configs, data, device), []
         with progress_bar(args.steps, f"{dtype}, seed {seed}", "step") as bar:
