@@ -7,7 +7,9 @@ processes (torchrun, the same global batch); and what a run spends outside the n
 backward pass and the optimiser, in seconds per 1,000 steps.
 """
 
+import contextlib
 import csv
+import io
 import os
 import subprocess
 import sys
@@ -79,7 +81,8 @@ def loop_costs(size: int, device: torch.device) -> list[dict]:
             "checkpoint": (run.save, per_save),
             "averaged weights": (lambda: run.ema.update(run.net), 1000),
         }
-        costs = {name: fastest(work, device) * times for name, (work, times) in parts.items()}
+        with contextlib.redirect_stdout(io.StringIO()):  # the log's lines
+            costs = {name: fastest(work, device) * n for name, (work, n) in parts.items()}
         # A net of one weight: what is left of a step is the loop, averaged weights included.
         weight = torch.ones((), device=device, requires_grad=True)
         run.forward = lambda sample, timesteps: sample * weight

@@ -44,8 +44,9 @@ def build(size: int, batch_size: int, device: torch.device, compiled: bool, abla
         settings["diffusers, compiled"] = dict(precision=low, compiled=True)
     contenders += [Contender(key, diffusers_training, device, **same, **values)
                    for key, values in settings.items()]
-    contenders += [Contender(f"denoising-diffusion-pytorch, {p}", ddp_training, device,
-                             precision=p, **same) for p in dict.fromkeys(("no", low))]
+    contenders += [Contender(f"denoising-diffusion-pytorch, {'float32' if p == 'no' else p}",
+                             ddp_training, device, precision=p, **same)
+                   for p in dict.fromkeys(("no", low))]
     per_image = {c.name: flops for c in contenders}
     their_flops = ddp_net(config)[3]
     per_image |= {c.name: their_flops for c in contenders if c.name.startswith("denoising")}
