@@ -99,8 +99,8 @@ class TrainConfig:
 # finest level of the 64-pixel net works at 32x32, the size of the CIFAR nets of Ho et al.
 PRESETS = {
     "quick": dict(image_size=48, block_out_channels=(32, 64, 96), layers_per_block=1,
-                  attention_up_to=6, dropout=0.0, batch_size=16, steps=1200, learning_rate=1e-3,
-                  save_every=300),
+                  attention_up_to=6, dropout=0.0, batch_size=16, steps=3000, learning_rate=1e-3,
+                  save_every=750),
     "64": dict(image_size=64, block_out_channels=(96, 128, 128), layers_per_block=2,
                attention_up_to=8, dropout=0.0, batch_size=16, steps=13_000, learning_rate=5e-4,
                save_every=750),
