@@ -648,15 +648,13 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def batch_indices(count: int, batch_size: int, seed: int, step: int, rank: int = 0,
-                  world_size: int = 1) -> np.ndarray:
-    """Which slices make the batch of a rank at a step: int64 (batch_size,) in [0, count).
+def batch_indices(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Which slices make the batch of a step: int64 (batch_size,) in [0, count).
 
-    A pure function of its arguments: every epoch is a fresh permutation that all ranks share
-    out, so that there is no order to save and none to fast-forward.
+    A pure function of its arguments: every epoch is a fresh permutation, so that there is no
+    order to save and none to fast-forward. Several processes share the batch out by place.
     """
-    first = (step * world_size + rank) * batch_size
-    places = np.arange(first, first + batch_size)
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.array([_permutation(count, seed, place // count)[place % count]
                      for place in places.tolist()])
 

@@ -116,8 +116,8 @@ class _CPUGroupNorm(torch.autograd.Function):
     """Group normalisation of a bfloat16 (B, C, H, W) with channels last in memory, on a CPU.
 
     PyTorch's own kernels there take a quarter of a training step: its backward, and below
-    32x32 its forward in bfloat16, run ten times slower than memory allows. Statistics and sums
-    are float32; see tests/benchmarks/train_speed.py for what it brings.
+    32x32 its forward in bfloat16, are slow (tests/benchmarks/train_speed.py --ablate shows it).
+    Sums are accumulated in float32; those of the backward pass are then rounded to bfloat16.
     """
 
     @staticmethod
@@ -680,8 +680,8 @@ def choose_device(name: str = "auto") -> torch.device:
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next tensor, for this process.
 
-    By default every large tensor is mapped, zeroed page by page and unmapped again, which costs
-    a training step on a CPU 20 to 40 %. Does nothing where there is no glibc.
+    By default every large tensor is mapped, zeroed page by page and unmapped again, at every step
+    (tests/benchmarks/train_speed.py --ablate shows the cost). Does nothing without glibc.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # the numbers of malloc.h
     with contextlib.suppress(OSError, AttributeError):

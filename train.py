@@ -46,7 +46,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from dataset import (OUT_OF_MEMORY, Parser, Slices, UserError, batch_indices, load_splits,
-                     run_cli, save_grid, write_atomic)
+                     run_cli, save_grid, write_atomic, write_json)
 from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
                      choose_device, choose_dtype, keep_freed_memory, make_scheduler_config,
                      reverse_process, run_net, seeded_noise)
@@ -716,11 +716,6 @@ def write_metrics(folder: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(folder / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
-
-
-def write_json(path: Path, values: dict) -> None:
-    text = json.dumps(values, indent=2) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def draw_losses(folder: Path, rows: list[dict]) -> None:

@@ -6,7 +6,7 @@ machine that slows down or speeds up does so for all of them.
 """
 
 import argparse
-import json
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,9 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
-from dataset import Parser, UserError  # noqa: E402
+from dataset import Parser, UserError, write_json  # noqa: E402
 from modules import choose_device  # noqa: E402
-from train import describe_machine, write_json  # noqa: E402
+from train import describe_machine  # noqa: E402
 
 
 def make_parser(description: str, name: str, repeats: int) -> argparse.ArgumentParser:
@@ -57,6 +58,17 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def fastest(work: Callable, repeats: int, device: torch.device) -> float:
+    """The shortest of some runs, in seconds: what the work costs when nothing disturbs it."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _serve(pipe, make: Callable, device: torch.device, settings: dict) -> None:
@@ -132,11 +144,8 @@ def facts(device: torch.device) -> dict:
     """What the numbers were taken on."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("diffusers", "denoising_diffusion_pytorch", "torchvision"):
-        try:
-            from importlib.metadata import version
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except ImportError:
-            pass
     return {"hardware": describe_machine(device), "versions": versions,
             "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}
 
@@ -173,5 +182,5 @@ def draw_bars(path: Path, groups: dict[str, dict[str, float]], unit: str, title:
 
 def save_json(path: Path | None, values: dict) -> None:
     if path:
-        write_json(path, json.loads(json.dumps(values, default=str)))
+        write_json(path, values)
         print(f"numbers: {path}")

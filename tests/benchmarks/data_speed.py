@@ -19,7 +19,7 @@ from pathlib import Path
 import bench  # first: it puts the scripts on the path
 import numpy as np
 import torch
-from bench import ROOT, draw_bars, facts, print_table, save_json
+from bench import ROOT, draw_bars, facts, fastest, print_table, save_json
 from dataset import Slices, batch_indices, load_images, phantom_slices, run_cli
 from modules import keep_freed_memory
 from PIL import Image
@@ -43,25 +43,14 @@ def write_slices(folder: Path, count: int) -> None:
             pictures[index % len(pictures)])
 
 
-def timed(work, repeats: int) -> float:
-    """The fastest of some runs, in seconds: what the work costs when nothing disturbs it."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def our_batches(images: np.ndarray, batch_size: int, device: torch.device, repeats: int) -> float:
     data = Slices(images, [""] * len(images), device)
 
     def some(batches: int = 20):
         for step in range(batches):
             data[batch_indices(len(data), batch_size, 0, step)]
-        bench.synchronize(device)
     some()
-    return 20 / timed(some, repeats)
+    return 20 / fastest(some, repeats, device)
 
 
 def their_batches(folder: Path, size: int, batch_size: int, workers: int, device: torch.device
@@ -130,7 +119,7 @@ def main() -> None:
         start = time.perf_counter()
         images, _ = load_images(files, 256, cache)
         cold = time.perf_counter() - start
-        cached = timed(lambda: load_images(files, 256, cache), args.repeats)
+        cached = fastest(lambda: load_images(files, 256, cache), args.repeats, device)
         ours = our_batches(images, args.batch_size, device, args.repeats)
         theirs = {f"ImageFolder, {n} workers": their_batches(folder, 256, args.batch_size, n,
                                                              device)

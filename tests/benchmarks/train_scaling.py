@@ -14,12 +14,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import bench  # first: it puts the scripts on the path
 import torch
-from bench import ROOT, Contender, draw_bars, facts, print_table, save_json, take_turns
+from bench import ROOT, Contender, draw_bars, facts, fastest, print_table, save_json, take_turns
 from contenders import our_configs, ours
 from dataset import Slices, phantom_slices, run_cli
 from train import PRESETS, Log, Run, draw_losses
@@ -50,16 +49,6 @@ def against_processes(size: int, counts: list[int], device: torch.device) -> lis
     return rows
 
 
-def fastest(work, device: torch.device, repeats: int = 5) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        bench.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def loop_costs(size: int, device: torch.device) -> list[dict]:
     """Seconds per 1,000 steps of all that is not the net's own work, at the preset's intervals."""
     preset = PRESETS["64"]
@@ -68,7 +57,7 @@ def loop_costs(size: int, device: torch.device) -> list[dict]:
             for s in ("train", "validate")}
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(Path(scratch), *our_configs(size, preset["batch_size"], device), data, device)
-        whole = fastest(run.train_step, device, 8)
+        whole = fastest(run.train_step, 8, device)
         log, per_save = Log(run, 50), 1000 / preset["save_every"]
         norm = run.train_step()
         log.pause()
@@ -82,11 +71,11 @@ def loop_costs(size: int, device: torch.device) -> list[dict]:
             "averaged weights": (lambda: run.ema.update(run.net), 1000),
         }
         with contextlib.redirect_stdout(io.StringIO()):  # the log's lines
-            costs = {name: fastest(work, device) * n for name, (work, n) in parts.items()}
+            costs = {name: fastest(work, 5, device) * n for name, (work, n) in parts.items()}
         # A net of one weight: what is left of a step is the loop, averaged weights included.
         weight = torch.ones((), device=device, requires_grad=True)
         run.forward = lambda sample, timesteps: sample * weight
-        loop = fastest(run.train_step, device, 20)
+        loop = fastest(run.train_step, 20, device)
     costs = {"the step itself": whole * 1000,
              "data, noise, target, averaged weights, bookkeeping": loop * 1000, **costs}
     return [dict(name=name, seconds=seconds, share=seconds / (whole * 1000))
