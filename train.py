@@ -337,18 +337,20 @@ def join_processes() -> None:
 def together(work: Callable):
     """work()'s result, once all processes are through with theirs.
 
-    One's UserError ends all of them, and only the first says its line.
+    One's UserError ends all of them, and only the first of those that raised one says its line.
     """
-    result, errors = None, [None] * world_size()
+    result = error = None
     try:
         result = work()
-    except UserError as caught:
-        errors[rank()] = str(caught)
+    except (UserError, SystemExit) as caught:  # SystemExit: of a `together` in work, or of --help
+        error = caught
+    failed = [isinstance(error, UserError)] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(errors, errors[rank()])
-    for place, error in enumerate(errors):
-        if error:
-            raise UserError(error) if place == rank() else SystemExit(2)
+        dist.all_gather_object(failed, failed[rank()])
+    if any(failed) and failed.index(True) != rank():
+        raise SystemExit(2)
+    if error:
+        raise error
     return result
 
 
@@ -374,7 +376,7 @@ def local_device(name: str) -> torch.device:
         device = choose_device(name)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
-    if device.type == "cuda":
+    if device.index is not None:  # plain "cuda" is the current card already
         torch.cuda.set_device(device)
     return device
 

@@ -177,6 +177,23 @@ def test_what_several_processes_refuse(make_run, refused, data, monkeypatch):
     refused("train.py", [], "WORLD_SIZE is 2", "RANK", "torchrun")
 
 
+def test_one_line_for_all_processes(data, tmp_path):
+    """The data are read by one process, inside what all do together."""
+    bad = next((data / "train").glob("*.png"))
+    bad.write_bytes(bad.read_bytes()[:60])
+    result = subprocess.run([*TORCHRUN, *arguments(data, "--steps", 2)[1:]], env=ONE_THREAD,
+                            cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode != 0 and "SIGKILL" not in result.stderr
+    assert len(re.findall("^error: ", result.stderr, re.M)) == 1, result.stderr
+    assert f"{bad}: cannot be read" in result.stderr and "closed by peer" not in result.stderr
+
+
+def test_a_card_without_a_number(monkeypatch):
+    """torch.cuda.set_device takes no plain "cuda", which is what "auto" means on one card."""
+    monkeypatch.setattr(script, "choose_device", lambda name: torch.device("cuda"))
+    assert script.local_device("auto") == torch.device("cuda")
+
+
 # Kills and damage -------------------------------------------------------------------------------
 
 
