@@ -14,6 +14,7 @@ import contextlib
 import copy
 import ctypes
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,6 @@ class UNetConfig:
                              f"the levels have {list(self.resolutions)}")
 
     @property
-    def size_multiple(self) -> int:
-        """H and W must be multiples of this."""
-        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
-
-    @property
     def resolutions(self) -> tuple[int, ...]:
         """Shorter side of each level's feature map, in pixels, finest first."""
         side = min(self.sample_size) // self.patch_size
@@ -81,7 +77,7 @@ class UNetConfig:
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError if the net cannot halve an image of this size at every level."""
-        multiple = self.size_multiple
+        multiple = self.patch_size * 2 ** (len(self.block_out_channels) - 1)
         if height % multiple or width % multiple or min(height, width) <= 0:
             fit = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
             raise ValueError(f"image size {height}x{width} (rows x columns) is not divisible by "
@@ -100,16 +96,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
-    """Two-layer MLP: (B, in_dim) sinusoids -> (B, dim)."""
-
-    def __init__(self, in_dim: int, dim: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+def named(**layers: nn.Module) -> nn.Sequential:
+    """Layers one after the other, under the names that diffusers gives them."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 class _CPUGroupNorm(torch.autograd.Function):
@@ -225,49 +214,36 @@ class Attention(nn.Module):
         return x + out.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Module:
     """Strided 3x3 convolution: (B, C, H, W) -> (B, C, H/2, W/2)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+    return named(conv=nn.Conv2d(channels, channels, 3, stride=2, padding=1))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Module:
     """Nearest neighbour, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return named(nearest=nn.Upsample(scale_factor=2.0),
+                 conv=nn.Conv2d(channels, channels, 3, padding=1))
 
 
 class Level(nn.Module):
     """Residual blocks, each followed by attention where it is wanted, then a resampling.
 
-    channels: (in, out) of each residual block; resample: None, Downsample or Upsample.
+    channels: (in, out) of each residual block; down, up: whether it halves or doubles H and W.
     """
 
-    def __init__(self, channels: list[tuple[int, int]], attention: bool,
-                 resample: type[nn.Module] | None, temb_dim: int, config: UNetConfig):
+    def __init__(self, channels: list[tuple[int, int]], attention: bool, temb_dim: int,
+                 config: UNetConfig, down: bool = False, up: bool = False):
         super().__init__()
         width = channels[-1][1]
         self.resnets = nn.ModuleList(ResnetBlock(i, o, temb_dim, config) for i, o in channels)
-        self.attentions = nn.ModuleList(
-            Attention(width, config) for _ in channels) if attention else None
-        self.downsamplers = nn.ModuleList(
-            [Downsample(width)]) if resample is Downsample else None
-        self.upsamplers = nn.ModuleList([Upsample(width)]) if resample is Upsample else None
+        self.attentions = nn.ModuleList(Attention(width, config) for _ in channels if attention)
+        self.downsamplers = nn.ModuleList([downsample(width)] if down else [])
+        self.upsamplers = nn.ModuleList([upsample(width)] if up else [])
 
     def layer(self, index: int, x: Tensor, temb: Tensor) -> Tensor:
         """Residual block `index` and its attention: (B, in, H, W) -> (B, out, H, W)."""
         x = self.resnets[index](x, temb)
-        return x if self.attentions is None else self.attentions[index](x)
+        return self.attentions[index](x) if self.attentions else x
 
 
 class MidBlock(nn.Module):
@@ -298,7 +274,8 @@ class UNet(nn.Module):
         attention = [side in config.attention_resolutions for side in config.resolutions]
 
         self.conv_in = nn.Conv2d(config.in_channels * patch**2, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], temb_dim)
+        self.time_embedding = named(linear_1=nn.Linear(widths[0], temb_dim), act=nn.SiLU(),
+                                    linear_2=nn.Linear(temb_dim, temb_dim))
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, temb_dim)
 
@@ -306,16 +283,16 @@ class UNet(nn.Module):
         skips, current = [widths[0]], widths[0]  # channels of the skip connections, of x
         for level, width in enumerate(widths):
             channels = [(current, width)] + [(width, width)] * (depth - 1)
-            resample = Downsample if level < last else None
-            self.down_blocks.append(Level(channels, attention[level], resample, temb_dim, config))
+            self.down_blocks.append(
+                Level(channels, attention[level], temb_dim, config, down=level < last))
             skips += [width] * (depth + (level < last))
             current = width
         self.mid_block = MidBlock(current, temb_dim, config)
         for level, width in reversed(list(enumerate(widths))):
             inputs = [current] + [width] * depth
             channels = [(before + skips.pop(), width) for before in inputs]
-            resample = Upsample if level > 0 else None
-            self.up_blocks.append(Level(channels, attention[level], resample, temb_dim, config))
+            self.up_blocks.append(
+                Level(channels, attention[level], temb_dim, config, up=level > 0))
             current = width
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0])
@@ -356,15 +333,15 @@ class UNet(nn.Module):
             for index in range(len(level.resnets)):
                 x = level.layer(index, x, temb)
                 skips.append(x)
-            if level.downsamplers is not None:
-                x = level.downsamplers[0](x)
+            for halve in level.downsamplers:  # one, but none on the last level
+                x = halve(x)
                 skips.append(x)
         x = self.mid_block(x, temb)
         for level in self.up_blocks:
             for index in range(len(level.resnets)):
                 x = level.layer(index, torch.cat([x, skips.pop()], dim=1), temb)
-            if level.upsamplers is not None:
-                x = level.upsamplers[0](x)
+            for double in level.upsamplers:  # one, but none on the finest level
+                x = double(x)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out * p^2, H/p, W/p)
         return F.pixel_shuffle(x, self.config.patch_size)
 
