@@ -13,6 +13,8 @@ PNGs, folders of JPEGs by class. With no data at all, phantom slices are drawn.
     python dataset.py inspect ROOT        what is there, as a report and a picture
     python dataset.py inspect             the same for the phantoms
 
+Training needs what stands above "Volumes"; below it are these commands, each a reading of its own.
+
 Slices stand upright in the radiological convention: the front of the head on top, the patient's
 right on the picture's left. Images leave this module as float32 in [-1, 1], shape (B, 1, H, W).
 """
@@ -57,8 +59,6 @@ PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d
 SPLIT_FOLDER = re.compile(
     r"(?:keras_png_slices_)?(train|val|test)(?:ing|id|idate|idation)?(?:_?set)?", re.I)
 LARGEST_SIDE = 8192  # pixels; beyond it, a file is no slice, and padding would eat the memory
-# A CPU's allocator raises a plain RuntimeError, told by its text alone.
-OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory"
 CACHE_VERSION = 2  # raise it when the same files would decode to other pixels, or be refused
 CASE_COLUMNS = ("case", "split", "person", "session", "class", "age", "sex", "cdr", "slices",
                 "source")
@@ -79,6 +79,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help explains the options")
 
 
+def checked(parse: Callable, fits: Callable, wanted: str) -> Callable:
+    """An argparse type: what parse(text) gives, with a check and its words for the error line."""
+    def convert(text: str):
+        with contextlib.suppress(ValueError):
+            value = parse(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return convert
+
+
+natural = checked(int, lambda n: n >= 0, "a whole number from 0 on")
+positive_int = checked(int, lambda n: n >= 1, "a whole number from 1 on")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: a CPU's allocator raises a plain RuntimeError, told by its text."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
+        re.search("out of memory|allocate memory|not enough memory", str(error)))
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
     try:
@@ -88,7 +109,7 @@ def run_cli(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (UserError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
+        if not isinstance(error, UserError) and not out_of_memory(error):
             raise
         text = str(error) if isinstance(error, UserError) else (
             "out of memory; give a smaller --batch-size, --image-size or --num")
@@ -177,14 +198,18 @@ def write_json(path: Path, values: dict) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
+def write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[dict]) -> None:
+    """Writes rows as CSV, whole or not at all; what a row lacks stays empty."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, lambda file: file.write(table.getvalue().encode()))
+
+
 # ---------------------------------------------------------------------------------------------
 # Finding slices
 # ---------------------------------------------------------------------------------------------
-
-
-def stem_of(path: Path) -> str:
-    """A file's name without its ending, as case_001_slice_7 of case_001_slice_7.nii.png."""
-    return path.stem.removesuffix(".nii")
 
 
 def person_of(path: Path) -> str | None:
@@ -195,7 +220,7 @@ def person_of(path: Path) -> str | None:
 
 def slice_number(name: str) -> int:
     """The last number of a file's name, as 7 of case_001_slice_7.nii.png; 0 if there is none."""
-    return int((re.findall(r"\d+", stem_of(Path(name))) or [0])[-1])
+    return int((re.findall(r"\d+", name) or [0])[-1])
 
 
 def read_cases(root: Path) -> list[dict[str, str]]:
@@ -228,35 +253,29 @@ def images_in(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
 
 
-def find_slices(root: Path, shared_people: bool = False) -> dict[str, list[Path]]:
+def find_slices(root: Path) -> dict[str, list[Path]]:
     """The image files of each split of any of the three layouts; a flat folder is split here.
 
-    Raises UserError for a missing or empty folder, or, unless that is allowed, if a person stands
-    in two splits.
+    Raises UserError for a missing or empty folder, or one that `prepare` has not finished.
     """
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder; --data takes the folder that holds the slices")
     if os.path.isdir(root / ".staged"):
         raise UserError(f"{root}: its preparation is not finished; give the same python dataset.py "
                         "prepare again")
-    person = person_finder(root)
     for prefix in ("", "keras_png_slices_"):
         folders = {split: root / (prefix + split) for split in SPLITS}
         if os.path.isdir(folders["train"]):
             splits = {s: images_in(f) if os.path.isdir(f) else [] for s, f in folders.items()}
             if not splits["train"]:
                 raise UserError(f"{folders['train']}: holds no images ({IMAGES})")
-            break
-    else:
-        files = images_in(root)
-        if not files:
-            raise UserError(f"{root}: neither train/, nor keras_png_slices_train/, nor images "
-                            f"({IMAGES}) in it; python dataset.py prepare {root} OUT makes "
-                            "slices of volumes, discs and class folders")
-        splits = split_by_person(files, person)
-    for line in [] if shared_people else people_in_two_splits(splits, person):
-        raise UserError(line)
-    return splits
+            return splits
+    files = images_in(root)
+    if not files:
+        raise UserError(f"{root}: neither train/, nor keras_png_slices_train/, nor images "
+                        f"({IMAGES}) in it; python dataset.py prepare {root} OUT makes slices of "
+                        "volumes, discs and class folders")
+    return split_by_person(files, person_finder(root))
 
 
 def split_by_person(files: list[Path], person: Callable) -> dict[str, list[Path]]:
@@ -290,9 +309,10 @@ def assign_splits(people: Iterable[str], known: dict[str, str] | None = None,
     for split, share in zip(SPLITS[1:], ratios[1:]):
         quota = max(1, round(count * share)) if count >= 3 and share > 0 else 0
         short = max(0, quota - list(split_of.values()).count(split))
-        spare = len(order) - ("train" not in split_of.values())  # shares round up together
-        split_of |= dict.fromkeys(order[:min(short, spare)], split)
-        order = order[min(short, spare):]
+        kept = 0 if "train" in split_of.values() else 1  # since shares may round up together
+        take = min(short, len(order) - kept)
+        split_of |= dict.fromkeys(order[:take], split)
+        order = order[take:]
     return split_of | dict.fromkeys(order, "train")
 
 
@@ -308,10 +328,10 @@ def in_two_splits(items: Iterable[tuple[str, Hashable, str]], what: str, mend: s
             for (a, b), names in shared.items()]
 
 
-def people_in_two_splits(splits: dict[str, list[Path]], person: Callable) -> list[str]:
-    people = dict.fromkeys((s, person(path)) for s, files in splits.items() for path in files)
-    return in_two_splits(((s, who, who) for s, who in people if who), "people",
-                         "move each person's slices to one split")
+def people_in_two_splits(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
+    """Of (split, person): a line for each two splits that share people."""
+    return in_two_splits(((split, who, who) for split, who in dict.fromkeys(pairs) if who),
+                         "people", "move each person's slices to one split")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -464,41 +484,37 @@ def in_parallel(work: Callable, items: list, desc: str) -> Iterator:
 # ---------------------------------------------------------------------------------------------
 
 
-def decode_all(files: list[Path], image_size: int | None, allocate: Callable = np.zeros
-               ) -> np.ndarray:
-    """Decodes in parallel, with a bar: paths -> the uint8 (N, H, W) of allocate(shape, dtype).
+def decode_all(files: list[Path], image_size: int | None) -> Iterator[np.ndarray]:
+    """Decodes in parallel, with a bar, and yields the images, uint8 (H, W), in order.
 
-    Raises BadSlices naming up to ten of the files that are no slices, or BadSlice with the first
-    whose size differs if the size is native.
+    Raises BadSlice for the first whose size differs if the size is native, or, at the end,
+    BadSlices naming up to ten of the files that are no slices.
     """
-    images, bad = None, []
-    for index, result in enumerate(in_parallel(lambda path: decode(path, image_size), files,
-                                               "decoding")):
-        if isinstance(result, BadSlice):
-            bad.append(result)
+    first, brightest, bad = None, 0, []
+    for path, image in zip(files, in_parallel(lambda path: decode(path, image_size), files,
+                                              "decoding")):
+        if isinstance(image, BadSlice):
+            bad.append(image)
             continue
-        if images is None:
-            images = allocate((len(files), *result.shape), np.uint8)
-        if result.shape != images.shape[1:]:
-            raise BadSlice(files[index], f"is {result.shape[0]}x{result.shape[1]} (rows x "
-                           f"columns), others {images.shape[1]}x{images.shape[2]}",
+        first = image if first is None else first
+        if image.shape != first.shape:
+            raise BadSlice(path, f"is {image.shape[0]}x{image.shape[1]} (rows x columns), others "
+                           f"{first.shape[0]}x{first.shape[1]}",
                            "give --image-size to bring all to one size")
-        images[index] = result
+        brightest = max(brightest, image.max())
+        yield image
     if bad:
         raise BadSlices(bad, len(files))
-    if images.max() < 64:
-        print(f"warning: the brightest pixel of {files[0].parent} is {images.max()} of 255; 12-bit "
+    if brightest < 64:
+        print(f"warning: the brightest pixel of {files[0].parent} is {brightest} of 255; 12-bit "
               "values in 16-bit files? scale them so that 65535 is white", file=sys.stderr)
-    return images
 
 
 def cache_file(files: list[Path], image_size: int | None, cache: Path | None) -> Path:
     """A name that changes with the image size and any file's path, size or time."""
-    # A folder is resolved once: 11,328 paths would take seconds.
-    folders = {folder: folder.resolve() for folder in {path.parent for path in files}}
     facts = []
     for path in files:
-        facts.append(str(folders[path.parent] / path.name))
+        facts.append(os.path.abspath(path))
         with contextlib.suppress(OSError):  # a broken link; never cached, since it is refused
             found = path.stat()
             facts += [found.st_size, found.st_mtime_ns]
@@ -519,8 +535,8 @@ def load_images(files: list[Path], image_size: int | None, cache: Path | None = 
     try:
         with locked(kept.with_suffix(".lock")) if not kept.exists() else contextlib.nullcontext():
             if not kept.exists():
-                write_atomic(kept, partial(_decode_into, files, image_size))
-        return _read_cache(kept, len(files))
+                write_atomic(kept, partial(_write_cache, files, image_size))
+        return _read_cache(kept)
     except (BadSlice, BadSlices):
         raise
     except (ValueError, EOFError):
@@ -531,7 +547,7 @@ def load_images(files: list[Path], image_size: int | None, cache: Path | None = 
     except (OSError, UserError) as error:
         print(f"warning: no cache, the slices will be decoded again next time: {error}",
               file=sys.stderr)
-    images = decode_all(files, image_size)
+    images = np.stack(list(decode_all(files, image_size)))
     return images, zlib.crc32(images)
 
 
@@ -539,16 +555,14 @@ def without_bad(files: list[Path], image_size: int | None, cache: Path | None = 
                 ) -> list[Path]:
     """The files that are slices. Those that are not are named in a warning, and remembered."""
     kept = cache_file(files, image_size, cache).with_suffix(".bad.json")
-    bad = {}
     try:
         bad = json.loads(kept.read_text())
     except (OSError, ValueError):
-        try:
-            load_images(files, image_size, cache)
-        except BadSlices as error:
-            bad = {Path(b.path).name: b.what for b in error.bad}
-            with contextlib.suppress(UserError):
-                write_json(kept, bad)
+        read = in_parallel(read_slice, files, "checking")
+        bad = {path.name: found.what for path, found in zip(files, read)
+               if isinstance(found, BadSlice)}
+        with contextlib.suppress(UserError):
+            write_json(kept, bad)
     if bad:
         print(f"warning: goes on without {len(bad)} of {len(files)} images: "
               + listing([BadSlice(files[0].parent / name, what) for name, what in bad.items()]),
@@ -556,29 +570,24 @@ def without_bad(files: list[Path], image_size: int | None, cache: Path | None = 
     return [path for path in files if path.name not in bad]
 
 
-def _decode_into(files: list[Path], image_size: int | None, file) -> None:
-    """Decodes into a .npy file, which is mapped rather than held in memory; ends in its CRC-32."""
-    def allocate(shape: tuple, dtype: type) -> np.memmap:
-        images = np.lib.format.open_memmap(file.name, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # or a disk that fills up later kills the process
-            os.posix_fallocate(file.fileno(), 0, images.offset + images.nbytes)
-        return images
-
-    images = decode_all(files, image_size, allocate)
-    images.flush()
-    file.seek(0, os.SEEK_END)
-    file.write(zlib.crc32(images).to_bytes(4, "little"))
+def _write_cache(files: list[Path], image_size: int | None, file) -> None:
+    """Decodes into a .npy file, image by image, and puts the CRC-32 of the array behind it."""
+    crc = 0
+    for index, image in enumerate(decode_all(files, image_size)):
+        if index == 0:
+            np.lib.format.write_array_header_1_0(file, {
+                "descr": "|u1", "fortran_order": False, "shape": (len(files), *image.shape)})
+        file.write(image)
+        crc = zlib.crc32(image, crc)
+    file.write(crc.to_bytes(4, "little"))
 
 
-def _read_cache(path: Path, count: int) -> tuple[np.ndarray, int]:
+def _read_cache(path: Path) -> tuple[np.ndarray, int]:
     """The array of a cache file and its CRC-32. Raises ValueError or EOFError if damaged."""
     images = np.load(path, mmap_mode="c", allow_pickle=False)  # shared until written
-    crc = zlib.crc32(np.ascontiguousarray(images))
-    with path.open("rb") as file:
-        file.seek(-4, os.SEEK_END)
-        if images.dtype != np.uint8 or images.ndim != 3 or len(images) != count or \
-                file.read() != crc.to_bytes(4, "little"):
-            raise ValueError("not what was written")
+    crc = zlib.crc32(images)
+    if np.fromfile(path, "<u4", offset=path.stat().st_size - 4)[0] != crc:
+        raise ValueError("not what was written")
     return images, crc
 
 
@@ -608,9 +617,11 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
         phantoms = {s: phantom_slices(image_size or 64, *people[s]) for s in SPLITS}
         return {s: Split(images, names, [person_of(Path(n)) for n in names], zlib.crc32(images))
                 for s, (images, names) in phantoms.items()}
-    person = person_finder(root)
+    person, files_of = person_finder(root), find_slices(root)
+    for line in people_in_two_splits((s, person(path)) for s in files_of for path in files_of[s]):
+        raise UserError(line)
     loaded = {}
-    for split, files in find_slices(root).items():
+    for split, files in files_of.items():
         if skip_bad and files:
             files = without_bad(files, image_size, cache)
         if files:
@@ -780,10 +791,8 @@ def upright(image, name: str) -> tuple[np.ndarray, tuple[float, float]]:
     """A nibabel image -> its voxels, (X, Y, Z), from right to left, back to front and low to
     high, and the lengths of a voxel's first two sides in mm.
 
-    A NIfTI header says how its voxels stand. Analyze has no such field, but 7.5 defines x as
-    running from right to left (and nibabel reads it so), and OASIS-1's previews show the rest:
-    axial preview 90, coronal 110 and sagittal 95 of its T88 volumes meet in equal grey levels only
-    if y runs to the front and z up, all counted from 1.
+    A NIfTI header says how its voxels stand. Of Analyze, only OASIS-1's T88 volumes are taken,
+    which stand so already (grounds: README, "Loading Training Data").
     Raises BadSlice for a header without orientation, and for all but 3-D volumes of numbers.
     """
     import nibabel as nib  # here, since training need not wait for it
@@ -801,11 +810,8 @@ def upright(image, name: str) -> tuple[np.ndarray, tuple[float, float]]:
     if not nifti and not (T88.fullmatch(Path(name).name) and image.shape == T88_SHAPE):
         raise BadSlice(name, "Analyze headers state no orientation, and this is no T88 volume of "
                        "OASIS-1", "convert it to NIfTI with the orientation that you know it has")
-    # LAS: the axes run to the left, to the front (anterior) and up (superior).
-    turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine),
-                                           nib.orientations.axcodes2ornt("LAS"))
-    image = image.as_reoriented(turn)
-    volume = np.asanyarray(image.dataobj)
+    image = nib.as_closest_canonical(image)  # from left to right, the rest as wanted
+    volume = np.asanyarray(image.dataobj)[::-1]
     if volume.dtype.kind not in "iuf":
         raise BadSlice(name, f"has voxels of type {volume.dtype}, not grey levels",
                        "give a T1-weighted volume")
@@ -828,7 +834,8 @@ def cut_volume(volume: np.ndarray, zooms: tuple[float, float], cutting: Cutting,
     white = np.percentile(inside, 99.5)
     tall = np.flatnonzero((volume > 0.1 * white).mean(axis=(0, 1)) > 0.005)
     low, high = (tall[[0, -1]] if tall.size else (0, 0))
-    planes = np.rint(low + (high - low) * np.linspace(*cutting[1:], cutting.slices)).astype(int)
+    shares = np.linspace(cutting.low, cutting.high, cutting.slices)
+    planes = np.rint(low + (high - low) * shares).astype(int)
     levels = (255 / white * volume[:, ::-1, planes].transpose(2, 1, 0).astype(np.float32))
     levels = np.rint(levels.clip(0, 255)).astype(np.uint8)
     if is_label_map(levels):
@@ -842,12 +849,11 @@ def cut_volume(volume: np.ndarray, zooms: tuple[float, float], cutting: Cutting,
                         max(width, height)) for number, plane in enumerate(levels)}
 
 
-def cut_file(path: Path, cutting: Cutting, name: str | None = None) -> dict[int, np.ndarray]:
+def cut_file(path: Path, cutting: Cutting, name: str) -> dict[int, np.ndarray]:
     """The slices of a volume file, called `name` in errors; see `cut_volume`. Raises BadSlice."""
     import nibabel as nib
 
     need_plain_file(path)
-    name = name or str(path)
     # OASIS-1's header fields beyond 7.5 mean nothing; nibabel's guess may be SPM's dialect.
     load = nib.AnalyzeImage.from_filename if T88.fullmatch(path.name) else nib.load
     try:
@@ -865,15 +871,12 @@ def cut_file(path: Path, cutting: Cutting, name: str | None = None) -> dict[int,
 
 
 class Scan(NamedTuple):
-    """One session of one person: where it comes from, and the function that cuts its slices.
-
-    cut(bad) returns uint8 (S, S) slices by number, and adds what was bad to the list, or raises.
-    """
+    """One session of one person, as one volume or as pictures."""
 
     session: str
     person: str | None
-    source: str
-    cut: Callable[[list[BadSlice]], dict[int, np.ndarray]]
+    source: str  # what cases.csv and errors call it
+    files: list[Path]
     facts: dict[str, str]  # split or class, where the source has them; age, sex, cdr
 
 
@@ -881,7 +884,7 @@ def _not_listed(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable")
 
 
-def find_scans(source: Path, cutting: Cutting) -> tuple[list[Path], list[Scan]]:
+def find_scans(source: Path) -> tuple[list[Path], list[Scan]]:
     """The tar files, and the other scans, of a source.
 
     Volumes go before pictures: of OASIS-1 the T88 volumes alone, of a BIDS tree the T1w ones.
@@ -890,37 +893,37 @@ def find_scans(source: Path, cutting: Cutting) -> tuple[list[Path], list[Scan]]:
     if not os.path.lexists(source):
         raise UserError(f"{source}: no such file or folder; prepare takes a disc's tar.gz, or a "
                         "folder of volumes or pictures")
+    root = source if source.is_dir() else source.parent
     files = [source] if not source.is_dir() else sorted(
         Path(folder) / name for folder, _, names in os.walk(source, onerror=_not_listed)
         for name in names if not name.startswith("."))
     tars = [path for path in files if path.name.endswith((".tar.gz", ".tgz", ".tar"))]
     volumes = [path for path in files if T88.fullmatch(path.name) and path.suffix == ".hdr"]
     if tars or volumes:
-        return tars, volume_scans(source, volumes, cutting)
+        return tars, volume_scans(root, volumes)
     volumes = [path for path in files if path.name.endswith((".nii", ".nii.gz", ".hdr"))
-               and "derivatives" not in path.relative_to(source).parts]
+               and "derivatives" not in path.relative_to(root).parts]
     volumes = [path for path in volumes if "_T1w." in path.name] or volumes
     pictures = [path for path in files if path.suffix.lower() in EXTENSIONS
                 and "_seg_" not in path.parent.name]
     if not volumes and not pictures:
         raise UserError(f"{source}: holds no *_t88_masked_gfc.hdr, no tar.gz, no .nii or .nii.gz, "
                         f"and no images ({IMAGES}); give a disc of OASIS-1 or another folder")
-    return [], volume_scans(source, volumes, cutting) or picture_scans(source, pictures)
+    return [], volume_scans(root, volumes) or picture_scans(root, pictures)
 
 
-def volume_scans(source: Path, files: list[Path], cutting: Cutting) -> list[Scan]:
+def volume_scans(root: Path, files: list[Path]) -> list[Scan]:
     """A scan for each volume file, named by the file, or by the way to it if names repeat."""
     stem = {path: T88.sub(r"\1", path.name).split(".")[0] for path in files}
     often = Counter(stem.values())
-    facts = participants(source)
+    facts = participants(root)
     scans = []
     for path in files:
-        way = path.relative_to(source).as_posix() if path != source else path.name
+        way = path.relative_to(root).as_posix()
         person = (PERSON.findall(way) or [None])[-1]
-        about = path.parents[min(3, len(path.parents) - 1)] / f"{stem[path]}.txt"
+        about = path.parent / "../../.." / f"{stem[path]}.txt"  # SESSION/PROCESSED/MPRAGE/T88_111
         named = T88.fullmatch(path.name) or often[stem[path]] == 1
-        scans.append(Scan(stem[path] if named else way.replace("/", "_"), person, str(path),
-                          lambda bad, path=path: cut_file(path, cutting),
+        scans.append(Scan(stem[path] if named else way.replace("/", "_"), person, str(path), [path],
                           read_facts(about) if about.is_file() else facts.get(person, {})))
     return scans
 
@@ -934,9 +937,9 @@ def read_facts(path: Path) -> dict[str, str]:
             for key, match in found.items() if match}
 
 
-def participants(source: Path) -> dict[str, dict[str, str]]:
+def participants(root: Path) -> dict[str, dict[str, str]]:
     """Person -> age, sex and cdr out of a BIDS tree's participants.tsv, as far as it is there."""
-    path = source / "participants.tsv"
+    path = root / "participants.tsv"
     if not path.is_file():
         return {}
     rows = csv.DictReader(io.StringIO(path.read_text(errors="replace")), delimiter="\t")
@@ -945,31 +948,40 @@ def participants(source: Path) -> dict[str, dict[str, str]]:
             for row in rows if row.get("participant_id")}
 
 
-def picture_scans(source: Path, files: list[Path]) -> list[Scan]:
+def picture_scans(root: Path, files: list[Path]) -> list[Scan]:
     """A scan for each series of numbered pictures of a person, or for each picture of nobody.
 
     Folders named as a split tell the split; else the last folder's name is the class.
     """
     series: dict[tuple[str, str, str], list[Path]] = {}
     for path in files:
-        folders = path.relative_to(source).parts[:-1] if path != source else ()
+        folders = path.relative_to(root).parts[:-1]
         named = [match[1].lower() for match in map(SPLIT_FOLDER.fullmatch, folders) if match]
         split = next((s for s in SPLITS if named and s.startswith(named[0])), "")
         label = folders[-1] if folders and not SPLIT_FOLDER.fullmatch(folders[-1]) else ""
-        name, person = stem_of(path), PERSON.search(path.name)
+        name, person = path.stem.removesuffix(".nii"), PERSON.search(path.name)
         end = person.end() if person else len(name)  # the person's own number stays
         name = name[:end] + re.sub(r"(_slice|[ _-])[ _-]*\d+$", "", name[end:])
         series.setdefault((split, label, name), []).append(path)
     often = Counter(name for *_, name in series)
     return [Scan(name if often[name] == 1 else "_".join(filter(None, (split, label, name))),
-                 person_of(paths[0]), str(paths[0].parent), partial(cut_pictures, paths),
-                 {"split": split, "class": label})
+                 person_of(paths[0]), str(paths[0].parent), paths, {"split": split, "class": label})
             for (split, label, name), paths in series.items()]
 
 
-def cut_pictures(paths: list[Path], bad: list[BadSlice]) -> dict[int, np.ndarray]:
-    """Pictures of one series, padded to squares, by their numbers; see `Scan`."""
-    slices, taken = {}, {}
+def cut_scan(scan: Scan, cutting: Cutting) -> tuple[dict[int, np.ndarray], list[BadSlice]]:
+    """The slices of a scan, uint8 (S, S) by number, and what of it cannot be used."""
+    if scan.files[0].suffix.lower() in EXTENSIONS:
+        return cut_pictures(scan.files)
+    try:
+        return cut_file(scan.files[0], cutting, scan.source), []
+    except BadSlice as error:
+        return {}, [error]
+
+
+def cut_pictures(paths: list[Path]) -> tuple[dict[int, np.ndarray], list[BadSlice]]:
+    """Pictures of one series, padded to squares; see `cut_scan`."""
+    slices, taken, bad = {}, {}, []
     for path in paths:
         number = slice_number(path.name)
         try:
@@ -980,7 +992,7 @@ def cut_pictures(paths: list[Path], bad: list[BadSlice]) -> dict[int, np.ndarray
             slices[number], taken[number] = fit(image, max(image.size)), path
         except BadSlice as error:
             bad.append(error)
-    return slices
+    return slices, bad
 
 
 def merge_scans(scans: list[Scan]) -> list[Scan]:
@@ -1014,7 +1026,7 @@ class Preparation:
         self.bad: list[BadSlice] = []
         self.lock, self.stop = threading.Lock(), threading.Event()
         tars_done = self.read_note()
-        there = Counter(person_of(path) for path in self.slices())
+        there = Counter(map(person_of, out.glob("keras_png_slices_*/case_*_slice_*.nii.png")))
         try:
             self.rows = {row["session"]: row for row in read_cases(out)}
             whole = {session for session, row in self.rows.items()
@@ -1024,8 +1036,6 @@ class Preparation:
             raise UserError(f"{out / 'cases.csv'}: is not as prepare wrote it; prepare into a new "
                             "folder") from None
         self.tars_done = tars_done if len(whole) == len(self.rows) else []
-        for left_over in self.staged.glob(".*.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
         # Sessions that are there, or that a worker has begun.
         self.taken = whole | {path.parent.name for path in self.staged.glob("*/scan.json")}
 
@@ -1035,7 +1045,7 @@ class Preparation:
             if any(not path.name.startswith(".") for path in self.out.iterdir()):
                 raise UserError(f"{self.out}: is neither empty nor made by prepare; give a new "
                                 "folder")
-            write_json(self.note, {"settings": self.settings, "tars": []})
+            self.write_note([])
         try:
             before = json.loads(self.note.read_text())
         except (OSError, ValueError) as error:
@@ -1045,8 +1055,8 @@ class Preparation:
                             f"{self.settings}; give those again, or a new folder")
         return before["tars"]
 
-    def slices(self) -> list[Path]:
-        return sorted(self.out.glob("keras_png_slices_*/case_*_slice_*.nii.png"))
+    def write_note(self, tars_done: list[str]) -> None:
+        write_json(self.note, {"settings": self.settings, "tars": tars_done})
 
     def run(self, tars: dict[str, Path], scans: list[Scan], workers: int) -> None:
         """Stages all that is not whole yet, one volume per worker in memory at a time.
@@ -1057,16 +1067,17 @@ class Preparation:
         # Before anything is staged, so that the same command works once the source is mended.
         people = [(row["split"], row["person"]) for row in self.rows.values()]
         people += [(scan.facts["split"], scan.person) for scan in scans if scan.facts.get("split")]
-        for line in in_two_splits(((split, who, who) for split, who in people if who), "people",
-                                  "move each person's slices to one split of the source"):
+        for line in people_in_two_splits(people):
             raise UserError(line)
         self.staged.mkdir(exist_ok=True)
         tars = {key: tar for key, tar in tars.items() if key not in self.tars_done}
         total = sum(tar.stat().st_size for tar in tars.values()) // 2**20 + len(scans)
         with progress_bar(total, "preparing", "MB" if tars else "session") as bar, \
                 ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(self.stage_tar, tar, bar) for tar in tars.values()]
-            jobs += [pool.submit(self.stage, scan, bar) for scan in scans]
+            jobs = [pool.submit(self.stage_tar, *tar, bar) for tar in tars.items()]
+            for scan in scans:
+                jobs.append(pool.submit(self.stage, scan))
+                jobs[-1].add_done_callback(lambda _: bar.update())
             try:
                 for job in jobs:
                     job.result()
@@ -1078,33 +1089,26 @@ class Preparation:
         if self.bad:
             print(f"warning: goes on without {len(self.bad)}: {listing(self.bad)}",
                   file=sys.stderr)
-        else:
-            self.tars_done = sorted({*self.tars_done, *tars})
 
-    def stage(self, scan: Scan, bar: tqdm | None = None) -> None:
+    def stage(self, scan: Scan) -> None:
         """Cuts one scan into OUT/.staged/SESSION, unless that is there or being made."""
         with self.lock:  # a disc may lie unpacked beside its tar
-            wanted = scan.session not in self.taken and not self.stop.is_set()
+            if scan.session in self.taken:
+                return
             self.taken.add(scan.session)
-        if wanted:
-            bad, slices = [], {}
-            try:
-                slices = scan.cut(bad)
-            except BadSlice as error:
-                bad.append(error)
-            self.bad += bad
-            if slices and (self.skip_bad or not bad):
-                temporary = self.staged / f".{scan.session}.tmp"
-                for number, pixels in slices.items():
-                    save_png(torch.from_numpy(pixels), temporary / f"{number}.png")
-                write_json(temporary / "scan.json", {
-                    **scan.facts, "session": scan.session, "source": scan.source,
-                    "person": scan.person or scan.session, "slices": len(slices)})
-                os.replace(temporary, self.staged / scan.session)
-        if bar is not None:
-            bar.update()
+        slices, bad = cut_scan(scan, self.cutting)
+        self.bad += bad
+        if not slices or bad and not self.skip_bad:
+            return
+        folder = self.staged / scan.session
+        shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
+        for number, pixels in slices.items():
+            save_png(torch.from_numpy(pixels), folder / f"{number}.png")
+        write_json(folder / "scan.json", {  # the last file: with it, the session is whole
+            **scan.facts, "session": scan.session, "source": scan.source,
+            "person": scan.person or scan.session, "slices": len(slices)})
 
-    def stage_tar(self, tar: Path, bar: tqdm) -> None:
+    def stage_tar(self, key: str, tar: Path, bar: tqdm) -> None:
         """Stages the T88 volumes of a disc's tar file, read once from front to back."""
         try:
             with tempfile.TemporaryDirectory(".tmp", ".", self.staged) as folder:
@@ -1115,6 +1119,10 @@ class Preparation:
                 raise  # the fault is OUT's
             self.bad.append(BadSlice(tar, f"is cut short or no tar file ({error})",
                                      "download it again (the sessions before are kept)"))
+        with self.lock:
+            if not self.bad and not self.stop.is_set():
+                self.tars_done.append(key)
+                self.write_note(self.tars_done)
 
     def scans_in(self, tar: Path, folder: Path, bar: tqdm) -> Iterator[Scan]:
         """The scans of a tar file, one volume at a time unpacked into `folder`.
@@ -1131,17 +1139,20 @@ class Preparation:
                 name = Path(member.name).name
                 match = T88.fullmatch(name)
                 found |= bool(match)
-                if not member.isfile() or not (match and match[1] not in self.taken
-                                               or re.fullmatch(r"OAS1_\d+_MR\d+\.txt", name)):
+                if not member.isfile():
                     continue
-                file = (folder if match else self.staged) / name
+                if match and match[1] not in self.taken:
+                    file = folder / name
+                elif re.fullmatch(r"OAS1_\d+_MR\d+\.txt", name):
+                    file = self.staged / name
+                else:
+                    continue
                 with file.open("wb") as copy:
                     shutil.copyfileobj(members.extractfile(member), copy)
                 header, voxels = file.with_suffix(".hdr"), file.with_suffix(".img")
                 if match and header.exists() and voxels.exists():
                     where = f"{tar}:{Path(member.name).with_suffix('.hdr')}"
-                    yield Scan(match[1], person_of(file), where,
-                               lambda bad: cut_file(header, self.cutting, where), {})
+                    yield Scan(match[1], person_of(file), where, [header], {})
                     header.unlink(), voxels.unlink()
         if not found:
             self.bad.append(BadSlice(tar, "holds no *_t88_masked_gfc volume of OASIS-1",
@@ -1173,34 +1184,23 @@ class Preparation:
             self.rows[row["session"]] = row
         if not self.rows:
             raise UserError(f"{self.out}: none of the source can be used; give another one")
-        self.refuse_pictures_in_two_splits(new)
-        self.write_table()
+        write_csv(self.out / "cases.csv", CASE_COLUMNS,
+                  sorted(self.rows.values(), key=lambda row: int(row["case"])))
         for row in new:
             folder = self.out / f"keras_png_slices_{row['split']}"
             folder.mkdir(exist_ok=True)
             for path in (self.staged / row["session"]).glob("*.png"):
                 os.replace(path, folder / f"case_{int(row['case']):03d}_slice_{path.stem}.nii.png")
-        write_json(self.note, {"settings": self.settings, "tars": self.tars_done})
         shutil.rmtree(self.staged)
+        self.refuse_pictures_in_two_splits()
 
-    def refuse_pictures_in_two_splits(self, new: list[dict]) -> None:
+    def refuse_pictures_in_two_splits(self) -> None:
         """By the PNG files' bytes, which all come from one encoder."""
-        files = [(row["split"], path) for row in new
-                 for path in sorted((self.staged / row["session"]).glob("*.png"))]
-        files += [(path.parent.name.removeprefix("keras_png_slices_"), path)
-                  for path in self.slices()]
-        for line in in_two_splits(
-                ((split, hash(path.read_bytes()), str(path.relative_to(self.out)))
-                 for split, path in files), "pictures", "remove one copy of the source, and "
-                "prepare into a new folder"):
+        pictures = ((split, hash(path.read_bytes()), f"{split}/{path.name}") for split in SPLITS
+                    for path in sorted((self.out / f"keras_png_slices_{split}").glob("*.png")))
+        for line in in_two_splits(pictures, "pictures", "remove one copy of the source, and "
+                                  "prepare into a new folder"):
             raise UserError(f"{self.out}: {line}")
-
-    def write_table(self) -> None:
-        table = io.StringIO()
-        writer = csv.DictWriter(table, CASE_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(self.rows.values(), key=lambda row: int(row["case"])))
-        write_atomic(self.out / "cases.csv", lambda file: file.write(table.getvalue().encode()))
 
 
 def prepare(sources: list[Path], out: Path, settings: dict, workers: int, skip_bad: bool) -> None:
@@ -1211,8 +1211,7 @@ def prepare(sources: list[Path], out: Path, settings: dict, workers: int, skip_b
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise UserError(f"{out}: lies in the source; give another folder")
-    found = [find_scans(source, Cutting(settings["slices"], *settings["range"]))
-             for source in sources]
+    found = [find_scans(source) for source in sources]
     tars = {f"{tar.name} {tar.stat().st_size}": tar for group, _ in found for tar in group}
     scans = merge_scans([scan for _, group in found for scan in group])
     try:
@@ -1241,15 +1240,14 @@ class Facts(NamedTuple):
 
     kind: str  # size, format, bits
     counts: np.ndarray  # of each of 256 grey levels, after square padding
-    digest: int  # of the pixels
+    digest: int  # of the pixels, likewise
     small: np.ndarray  # uint8 (128, 128)
 
 
 def facts_of(image: Image.Image, kind: str) -> Facts:
-    pixels = fit(image, None)
-    counts = np.bincount(pixels.ravel(), minlength=256)
-    counts[0] += max(image.size) ** 2 - pixels.size
-    return Facts(kind, counts, hash((pixels.tobytes(), image.size)), fit(image, 128))
+    pixels = fit(image, max(image.size))
+    return Facts(kind, np.bincount(pixels.ravel(), minlength=256), hash(pixels.tobytes()),
+                 fit(image, 128))
 
 
 def survey(path: Path) -> Facts:
@@ -1261,17 +1259,23 @@ def survey(path: Path) -> Facts:
                                f"{header.mode}")
 
 
+def survey_splits(root: Path | None) -> dict[str, list[tuple[Path, Facts | BadSlice]]]:
+    """Split -> its files, each with what is noted of it or wrong with it; phantoms for None."""
+    if root is None:
+        return {split: [(Path(name), facts_of(Image.fromarray(image), "phantom"))
+                        for name, image in zip(phantoms.names, phantoms.images)]
+                for split, phantoms in load_splits(None, 128).items()}
+    return {split: list(zip(files, in_parallel(survey, files, "reading")))
+            for split, files in find_slices(root).items() if files}
+
+
 def inspect(root: Path | None, picture: Path) -> None:
     """Prints what a root holds, split by split, and saves a picture of random slices.
 
     Raises UserError, after the report, if train.py would refuse the root.
     """
     person = person_finder(root) if root else person_of
-    files = find_slices(root, shared_people=True) if root else {}
-    found = {s: list(zip(f, in_parallel(survey, f, "reading"))) for s, f in files.items() if f} \
-        if root else {s: [(Path(name), facts_of(Image.fromarray(image), "phantom"))
-                          for name, image in zip(split.names, split.images)]
-                      for s, split in load_splits(None, 128).items()}
+    found = survey_splits(root)
     bad, kept, rows = [], [], []
     print(f"{root or 'phantoms (no data given)'}")
     for split, results in found.items():
@@ -1283,8 +1287,8 @@ def inspect(root: Path | None, picture: Path) -> None:
             describe(good, person)
             chosen = np.random.default_rng(0).choice(len(good), 8, replace=len(good) < 8)
             rows += [good[index][1].small for index in sorted(chosen)]
-    troubles = people_in_two_splits(files, person) + in_two_splits(kept, "pictures",
-                                                                   "remove one copy")
+    troubles = people_in_two_splits((s, person(path)) for s in found for path, _ in found[s])
+    troubles += in_two_splits(kept, "pictures", "remove one copy")
     troubles += [str(BadSlices(bad, sum(map(len, found.values()))))] if bad else []
     print("  people or pictures in two splits, files that cannot be used: "
           + ("none" if not troubles else "".join(f"\n    {line}" for line in troubles)))
@@ -1312,17 +1316,6 @@ def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
         marks[round(9 * share)] for share in bands / max(1, bands.max())) + "|")
 
 
-def checked(parse: Callable, fits: Callable, wanted: str) -> Callable:
-    """An argparse type: what parse(text) gives, with a check and its words for the error line."""
-    def convert(text: str):
-        with contextlib.suppress(ValueError):
-            value = parse(text)
-            if fits(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return convert
-
-
 def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
@@ -1337,9 +1330,8 @@ def main() -> None:
                          "or a folder of discs, NIfTI volumes or pictures")
     command.add_argument("out", type=Path, metavar="OUT", help="folder for the slices; what is "
                          "there already is kept")
-    positive = checked(int, lambda n: n >= 1, "a whole number from 1 on")
     add = command.add_argument
-    add("--slices", type=positive, default=32, metavar="N", help="slices per volume")
+    add("--slices", type=positive_int, default=32, metavar="N", help="slices per volume")
     add("--range", type=checked(
         numbers, lambda r: len(r) == 2 and 0 <= r[0] < r[1] <= 1,
         "two heights from 0 to 1, such as 0.2,0.85"), default="0.2,0.85", metavar="LOW,HIGH",
@@ -1349,9 +1341,8 @@ def main() -> None:
         "three shares that add up to 1, such as 0.85,0.10,0.05"),
         default=",".join(map(str, RATIOS)), metavar="T,V,S",
         help="shares of the people in train, validate and test, unless the source has splits")
-    add("--seed", type=checked(int, lambda n: n >= 0, "a whole number from 0 on"), default=0,
-        metavar="K", help="who goes to which split")
-    add("--workers", type=positive, default=os.cpu_count(), metavar="N",
+    add("--seed", type=natural, default=0, metavar="K", help="who goes to which split")
+    add("--workers", type=positive_int, default=os.cpu_count(), metavar="N",
         help="volumes in memory at a time, one per worker")
     add("--skip-bad", action="store_true", help="go on without files that cannot be used")
     command = commands.add_parser("inspect", help="counts, people, sizes, grey levels, duplicates, "

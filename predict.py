@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dataset import (Parser, UserError, progress_bar, run_cli, save_grid, save_png, to_uint8,
-                     write_atomic)
-from modules import (SAMPLERS, NoiseScheduler, SchedulerConfig, UNet, UNetConfig, choose_device,
-                     choose_dtype, keep_freed_memory, reverse_process, seeded_noise)
-from train import EVAL_SEED, FORMAT, positive_int, read_checkpoint, seed_number
+from dataset import (Parser, UserError, positive_int, progress_bar, run_cli, save_grid, save_png,
+                     to_uint8, write_json)
+from modules import (SAMPLERS, NoiseScheduler, SchedulerConfig, UNet, UNetConfig, choose_dtype,
+                     keep_freed_memory, reverse_process, seeded_noise)
+from train import EVAL_SEED, FORMAT, local_device, read_checkpoint, seed_number
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "oasis-64.safetensors"
 STRIP_LENGTH = 10  # pictures in the strip of the reverse process
@@ -181,10 +181,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     keep_freed_memory()
-    try:
-        device = choose_device(args.device)
-    except ValueError as error:
-        raise UserError(f"--device: {error}") from None
+    device = local_device(args.device)
     model = load_model(find_model(args.checkpoint), device)
     total = model.scheduler.config.num_train_timesteps
     steps = args.steps or (total if args.sampler == "ddpm" else min(50, total))
@@ -213,8 +210,7 @@ def main() -> None:
     manifest = {"model": str(model.path), "step": model.step, "sampler": args.sampler,
                 "num_inference_steps": steps, "eta": args.eta, "first_seed": args.seed,
                 "num": args.num, "batch_size": args.batch_size}
-    text = json.dumps(manifest, indent=2) + "\n"
-    write_atomic(args.out / "samples.json", lambda file: file.write(text.encode()))
+    write_json(args.out / "samples.json", manifest)
     print(f"{args.num} slices of {model.path} (step {model.step}), {steps} {args.sampler} steps, "
           f"in {time.monotonic() - start:.0f} s: {args.out}/slice_*.png, grid.png, reverse.png")
 

@@ -13,9 +13,7 @@ after Ctrl-C, SIGTERM, SIGUSR1 or --max-hours at that very step, else at the las
 
 import argparse
 import contextlib
-import csv
 import datetime
-import hashlib
 import importlib.util
 import io
 import json
@@ -29,37 +27,35 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from dataset import (OUT_OF_MEMORY, Parser, Slices, UserError, batch_indices, load_splits,
-                     run_cli, save_grid, write_atomic, write_json)
+from dataset import (Parser, Slices, UserError, batch_indices, checked, load_splits, natural,
+                     out_of_memory, positive_int, run_cli, save_grid, write_atomic, write_csv,
+                     write_json)
 from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
                      choose_device, choose_dtype, keep_freed_memory, make_scheduler_config,
                      reverse_process, run_net, seeded_noise)
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
 
 STARTED = time.monotonic()  # --max-hours counts from here
 # For a process that hangs; one that died is noticed by torchrun or srun at once. It has to outlast
 # what only one process does, the decoding of all slices above all.
 TIMEOUT = datetime.timedelta(hours=1)
 FORMAT = "oasis-diffusion-1"
-SEAL = b"sha256:"
 EVAL_SEED = 2**31  # far from the seeds that people give their slices
 QUARTILES = ("q1", "q2", "q3", "q4")
 COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUARTILES),
@@ -113,26 +109,11 @@ PRESETS = {
 }
 
 
-def number(kind: Callable, fits: Callable, wanted: str) -> Callable:
-    """An argparse type: a number of a kind, with a check and its words for the error line."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-    return parse
-
-
-natural = number(int, lambda v: v >= 0, "a whole number from 0 on")
-seed_number = number(int, lambda v: 0 <= v < EVAL_SEED, "a whole number from 0 to 2^31 - 1")
-positive_int = number(int, lambda v: v >= 1, "a whole number from 1 on")
-positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
-image_size = number(lambda text: text if text == "native" else int(text),
+seed_number = checked(int, lambda v: 0 <= v < EVAL_SEED, "a whole number from 0 to 2^31 - 1")
+positive_float = checked(float, lambda v: 0 < v < math.inf, "a number above 0")
+image_size = checked(lambda text: text if text == "native" else int(text),
                     lambda v: v == "native" or v >= 1, "a number of pixels, nor native")
-fraction = number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
+fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
 
 # Every option: name, what it means with its unit, default (None: the preset's), and its type.
@@ -223,29 +204,28 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
 
     Raises UserError for values that do not go together, naming the option.
     """
-    settings = {f.name: getattr(args, f.name) for f in fields(TrainConfig)
-                if f.name != "data_crc32"}
-    settings["data"] = args.data.resolve().name if args.data else "phantoms"
-    settings["dtype"] = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
     if args.batch_size % (args.accumulate * world_size()):
         processes = f" times {world_size()} processes" if world_size() > 1 else ""
         raise UserError(f"--accumulate {args.accumulate}{processes} does not divide --batch-size "
                         f"{args.batch_size}")
-    shape = dict(sample_size=size, block_out_channels=args.block_out_channels,
-                 layers_per_block=args.layers_per_block, dropout=args.dropout,
-                 patch_size=args.patch_size,
-                 # A group of one channel would normalise the timestep embedding away.
-                 norm_num_groups=32 if min(args.block_out_channels) >= 64 else 8)
     try:
-        levels = UNetConfig(attention_resolutions=(), **shape).resolutions
-        unet = UNetConfig(attention_resolutions=[r for r in levels if r <= args.attention_up_to],
-                          **shape)
+        unet = UNetConfig(
+            sample_size=size, block_out_channels=args.block_out_channels,
+            layers_per_block=args.layers_per_block, attention_resolutions=(),
+            # A group of one channel would normalise the timestep embedding away.
+            norm_num_groups=32 if min(args.block_out_channels) >= 64 else 8,
+            dropout=args.dropout, patch_size=args.patch_size)
+        unet = replace(unet, attention_resolutions=[
+            side for side in unet.resolutions if side <= args.attention_up_to])
         scheduler = make_scheduler_config(args.schedule, args.num_train_timesteps,
                                           args.prediction_type)
     except ValueError as error:
         option = "--image-size" if "image size" in str(error) else "--preset or its options"
         raise UserError(f"{option}: {error}") from None
-    return unet, scheduler, TrainConfig(**settings, data_crc32=data_crc32)
+    values = {**vars(args), "data": args.data.resolve().name if args.data else "phantoms",
+              "dtype": str(choose_dtype(args.dtype, device)).removeprefix("torch."),
+              "data_crc32": data_crc32}
+    return unet, scheduler, TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,53 +233,35 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
 # ---------------------------------------------------------------------------------------------
 
 
-def seal(data: bytes) -> bytes:
-    """A zip file, as torch.save makes it, with the checksum of all its bytes as its comment.
-
-    torch.load checks no checksum: a flipped bit in a weight would pass.
-    """
-    comment = SEAL + hashlib.sha256(data).hexdigest().encode()
-    return data[:-2] + len(comment).to_bytes(2, "little") + comment
-
-
-def is_whole(data: bytes) -> bool:
-    """Whether a file is as `seal` made it, or was never sealed (its comment is empty then)."""
-    length = len(SEAL) + 64
-    return data[-22:-18] == b"PK\5\6" or seal(data[:-length - 2] + b"\0\0") == data
+class Damaged(UserError):
+    """A checkpoint that is not as it was written."""
 
 
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint's contents, on the CPU; only tensors and plain values are ever unpickled.
 
-    Raises UserError if the file is missing, damaged, or a checkpoint of something else.
+    Raises Damaged if the file is that, UserError if it cannot be read at all (which may pass on a
+    network's disk) or is a checkpoint of something else.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
         data = path.read_bytes()
-        if not is_whole(data):
-            raise ValueError
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); try again, or give another "
+                        "one") from None
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            if file.testzip():  # torch.save writes checksums, but torch.load reads past them
+                raise ValueError
         with warnings.catch_warnings(action="ignore"):  # about foreign files
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except MemoryError:  # says nothing about the file
-        raise
-    except Exception:  # a damaged file can make the reader raise anything
-        raise UserError(f"{path}: is damaged, or no checkpoint of train.py; give another "
-                        "one") from None
+    except Exception as error:  # a damaged file can make the reader raise anything
+        if out_of_memory(error):
+            raise
+        raise Damaged(f"{path}: is damaged, or no checkpoint of train.py; give another "
+                      "one") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: is a checkpoint of something else; give one that train.py "
-                        "wrote") from None
+        raise UserError(f"{path}: is a checkpoint of something else; give one that train.py wrote")
     return content
-
-
-def describe_machine(device: torch.device) -> str:
-    """The hardware in words, for results.json and the model card."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    model = found[1] if found else platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -386,9 +348,9 @@ def local_device(name: str) -> torch.device:
 # ---------------------------------------------------------------------------------------------
 
 
-def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """One 32-bit seed out of (seed, step, rank), well mixed."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+def step_seed(seed: int, step: int, part: int = 0) -> int:
+    """One 32-bit seed out of (seed, step, part), well mixed."""
+    return int(np.random.SeedSequence([seed, step, part]).generate_state(1)[0])
 
 
 def stratified_timesteps(count: int, total: int, device: torch.device) -> Tensor:
@@ -413,17 +375,17 @@ class Run:
         torch.manual_seed(config.seed)
         self.net = UNet(unet).to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.net, config.ema_decay)
-        self.forward = torch.compile(self.net) if compile_net else self.net
+        self.wrapped = torch.compile(self.net) if compile_net else self.net  # what trains `net`
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
             fused=device.type in ("cpu", "cuda"))
         self.dtype = getattr(torch, config.dtype)
         if world_size() > 1:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+            self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.deferred = device.type == "cuda"  # numbers are looked at when the card is waited for
         self.bad, self.skipped = torch.zeros(3, device=device), torch.zeros((), device=device)
-        self.step, self.saved_step, self.keep = 0, None, 1
+        self.step, self.saved_step, self.keep = 0, 0, 1
         self.seconds = 0.0
         self.loss_sum, self.loss_count = torch.zeros((), device=device), 0
         self.rows: list[dict] = []
@@ -459,14 +421,14 @@ class Run:
             torch.manual_seed(step_seed(config.seed, step, 1 + share))
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         target = self.scheduler.training_target(images, noise, timesteps)
-        return F.mse_loss(run_net(self.forward, noisy, timesteps, self.dtype), target)
+        return F.mse_loss(run_net(self.wrapped, noisy, timesteps, self.dtype), target)
 
     def backward(self) -> Tensor:
         """Leaves the gradient of the coming step's batch; returns the loss, of all processes."""
         accumulate, total = self.config.accumulate, torch.zeros((), device=self.device)
         for micro in range(accumulate):
             silent = world_size() > 1 and micro < accumulate - 1  # only the last one is averaged
-            with self.forward.no_sync() if silent else contextlib.nullcontext():
+            with self.wrapped.no_sync() if silent else contextlib.nullcontext():
                 loss = self.loss(self.step, rank() * accumulate + micro, accumulate * world_size())
                 self.scaler.scale(loss / accumulate).backward()
             total += loss.detach() / accumulate
@@ -496,7 +458,8 @@ class Run:
 
     def watch(self, loss: Tensor, norm: Tensor) -> None:
         """Notes the first step whose numbers are bad, and stops there. On a card, the host does
-        not wait for them: the optimiser itself leaves the weights alone from that step on.
+        not wait for them: the fused optimiser reads `found_inf` there, and leaves the weights
+        alone from that step on.
 
         In float16, gradients overflow until the scaler has found its scale; 20 times in a row,
         from 65536 down to below 1, it is not the scale.
@@ -521,7 +484,7 @@ class Run:
         raise UserError(
             f"step {int(step)}: loss {loss:.4g}, gradient norm {norm:.4g}: not finite; the step's "
             f"{count} slices: {names}{', ...' if count > 10 else ''}; the last good checkpoint is "
-            f"of step {self.saved_step or 0}; start again in another --run with a smaller "
+            f"of step {self.saved_step}; start again in another --run with a smaller "
             "--learning-rate or with --dtype float32")
 
     # Validation and samples --------------------------------------------------------------
@@ -606,7 +569,7 @@ class Run:
             "normalisation": "uint8 / 127.5 - 1",
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         }), buffer)
-        data = seal(buffer.getvalue())
+        data = buffer.getvalue()
 
         def write(file) -> None:
             file.write(data)
@@ -625,7 +588,7 @@ class Run:
 
     def _set_aside(self) -> None:
         """Gives checkpoint.pt a second name by its step, so that it can be replaced."""
-        name = self.folder / f"checkpoint-{self.saved_step or 0:08d}.pt"
+        name = self.folder / f"checkpoint-{self.saved_step:08d}.pt"
         if not self.checkpoint.exists():
             return
         name.unlink(missing_ok=True)
@@ -641,14 +604,14 @@ class Run:
         """The contents of the newest checkpoint that is whole; None if there is none at all.
 
         Damaged ones are set aside as NAME.damaged, with a warning, and the one before them
-        becomes checkpoint.pt. Raises UserError if all are damaged; they stay as they are then.
+        becomes checkpoint.pt. Raises Damaged if all are; they stay as they are then.
         """
         paths = [path for path in (self.checkpoint, *self._older()) if path.exists()]
         errors = []
         for path in paths:
             try:
                 content = read_checkpoint(path)
-            except UserError as error:
+            except Damaged as error:
                 errors.append(error)
                 continue
             for bad in paths[:len(errors)]:
@@ -711,18 +674,10 @@ class Run:
         write_atomic(self.folder / "model.safetensors", lambda file: file.write(content))
 
 
-def write_metrics(folder: Path, rows: list[dict]) -> None:
-    """Writes metrics.csv anew; what was not measured at a step is left empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(folder / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
-
-
 def draw_losses(folder: Path, rows: list[dict]) -> None:
     """Redraws loss.png: training and validation loss, and validation by timestep quartile."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     curves = [(left, "loss", "train", dict(color="0.7")),
               (left, "validation_loss", "validation, averaged net",
                dict(marker="o", ms=3, color="C3"))]
@@ -737,10 +692,17 @@ def draw_losses(folder: Path, rows: list[dict]) -> None:
     right.set(title="Validation loss by timestep", xlabel="step", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    plt.close(figure)
-    write_atomic(folder / "loss.png", lambda file: file.write(buffer.getvalue()))
+    write_atomic(folder / "loss.png", lambda file: figure.savefig(file, dpi=110, format="png"))
+
+
+def describe_machine(device: torch.device) -> str:
+    """The hardware in words, for results.json and the model card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    model = found[1] if found else platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def memory_gib(device: torch.device) -> float:
@@ -790,7 +752,8 @@ class Stop(contextlib.AbstractContextManager):
         if world_size() > 1:
             if self.work:
                 self.work.wait()
-            heard, self.ballot = int(self.ballot), torch.tensor(self.wish)
+            heard = int(self.ballot)  # the vote of the step before
+            self.ballot = torch.tensor(self.wish)
             self.work = dist.all_reduce(self.ballot, dist.ReduceOp.MAX, async_op=True)
         self.reason = self.REASONS[heard]
         return heard > 0
@@ -799,8 +762,8 @@ class Stop(contextlib.AbstractContextManager):
 class Log:
     """One line of metrics.csv, and one of the log or the bar, per interval."""
 
-    def __init__(self, run: Run, every: int, tensorboard: bool = False):
-        self.run, self.every, self.writer = run, every, None
+    def __init__(self, run: Run, tensorboard: bool = False):
+        self.run, self.writer = run, None
         if tensorboard and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.step + 1)
@@ -808,9 +771,6 @@ class Log:
                         dynamic_ncols=True, disable=rank() > 0 or not sys.stderr.isatty())
         self.first, self.longest, self.paused = run.step, 0.0, time.monotonic()
         self.restart()
-
-    def due(self) -> bool:
-        return self.run.step % self.every == 0 or self.run.step == self.run.config.steps
 
     def room(self) -> float:
         """Seconds to keep for the end: a minute, and twice what validating and saving took so
@@ -838,11 +798,9 @@ class Log:
                "learning_rate": f"{run.optimizer.param_groups[0]['lr']:.6g}",
                "gradient_norm": f"{norm.item():.6g}", "images_per_second": f"{speed:.4g}",
                "memory_gib": f"{memory_gib(run.device):.3g}"}
-        if validation:
-            row["validation_loss"] = f"{validation['loss']:.6g}"
-            row |= {f"validation_{q}": f"{validation[q]:.6g}" for q in QUARTILES}
+        row |= {f"validation_{name}": f"{value:.6g}" for name, value in (validation or {}).items()}
         run.rows.append(row)
-        run.attempt(write_metrics, run.folder, run.rows)
+        run.attempt(write_csv, run.folder / "metrics.csv", COLUMNS, run.rows)
         if self.writer:
             run.attempt(self._write_events, row)
         run.loss_sum.zero_()
@@ -869,13 +827,13 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
           tensorboard: bool = False) -> bool:
     """The loop. Returns whether the run is finished; else it was asked to stop, and is saved.
     Raises UserError for numbers that are not finite."""
-    log = Log(run, log_every, tensorboard)
+    log = Log(run, tensorboard)
     with Stop(hours) as stop:
         while run.step < run.config.steps and not stop.agreed(log.room()):
             norm = run.train_step()
             log.bar.update()
             save = run.step % save_every == 0 or run.step == run.config.steps
-            if not (save or log.due()):
+            if not save and run.step % log_every:
                 continue
             log.pause()
             log.write(norm, run.evaluate("validate") if save and "validate" in run.data else None)
@@ -938,19 +896,19 @@ def prepare(args: argparse.Namespace) -> Run:
     loaded = together(load if os.environ.get("LOCAL_RANK", "0") == "0" else lambda: None)
     loaded = together(lambda: loaded or load())
     images, count = loaded["train"].images, len(loaded["train"].images)
-    configs = make_configs(args, images.shape[1:], device, loaded["train"].crc32)
+    unet, scheduler, config = make_configs(args, images.shape[1:], device, loaded["train"].crc32)
     if count < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {count} slices in "
                         "train; give less")
-    folder = args.run or Path("runs") / f"{configs[2].data}-{args.preset}"
+    folder = args.run or Path("runs") / f"{config.data}-{args.preset}"
     data = {name: Slices(split.images, split.names, device, split.people)
             for name, split in loaded.items()}
-    run = Run(folder, *configs, data, device, args.compile)
+    run = Run(folder, unet, scheduler, config, data, device, args.compile)
     run.keep = args.keep
     try:
         run.resume()
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        if re.search(OUT_OF_MEMORY, str(error)):
+        if out_of_memory(error):
             raise
         raise UserError(f"{run.checkpoint}: is damaged ({str(error).splitlines()[0]}); give "
                         "another --run") from None
@@ -963,7 +921,7 @@ def explain_out_of_memory(args: argparse.Namespace):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
+        if not out_of_memory(error):
             raise
         raise UserError(f"out of memory with --batch-size {args.batch_size} --accumulate "
                         f"{args.accumulate}; give a larger --accumulate (the run goes on where it "
@@ -976,7 +934,7 @@ def start(run: Run) -> None:
     for left_over in run.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
         left_over.unlink(missing_ok=True)
     if run.rows:
-        write_metrics(run.folder, run.rows)
+        write_csv(run.folder / "metrics.csv", COLUMNS, run.rows)
 
 
 def main() -> None:
@@ -999,9 +957,9 @@ def main() -> None:
                                       args.max_hours or math.inf, args.tensorboard))
         if done:
             finish(run)
-    if rank() == 0 and (run.saved_step or 0) != run.step:
+    if rank() == 0 and run.saved_step != run.step:
         raise UserError(f"{run.checkpoint}: the last save failed, see above; the last good "
-                        f"checkpoint is of step {run.saved_step or 0}, and this was {run.step}; "
+                        f"checkpoint is of step {run.saved_step}, and this was {run.step}; "
                         "free some space, then the same command continues from there")
     if done:
         print(f"done: look at {folder / 'samples'} and {folder / 'loss.png'}, then: "

@@ -19,7 +19,7 @@ from test_train import metrics, same
 
 import train as script
 from dataset import UserError, batch_indices
-from train import is_whole, read_checkpoint, seal, train
+from train import read_checkpoint, train
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
             "--", ROOT / "train.py"]  # without the two dashes, it takes --run for its --run-path
@@ -253,7 +253,7 @@ def test_a_damaged_byte_is_found_or_harmless(make_run):
         run.checkpoint.write_bytes(good[:length])
         with pytest.raises(UserError, match="is damaged"):
             read_checkpoint(run.checkpoint)
-    assert found > 190
+    assert found > 150  # the rest are gaps between the records, and what stands twice
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_run, capsys):
@@ -280,6 +280,21 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_run, capsys):
     for _ in range(2):  # and not from the start, at the second attempt
         with pytest.raises(UserError, match="checkpoint.pt: is damaged"):
             make_run().resume()
+
+
+def test_a_disk_that_cannot_be_read_now_is_no_damage(make_run, monkeypatch):
+    """As on a network's disk: the newest checkpoint is neither set aside nor passed over."""
+    run = make_run()
+    train(run, log_every=4, save_every=4)
+
+    def stale(path):
+        raise OSError(116, "Stale file handle")
+    monkeypatch.setattr(script.Path, "read_bytes", stale)
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be read .Stale file handle."):
+        make_run().resume()
+    monkeypatch.undo()
+    assert read_checkpoint(run.checkpoint)["step"] == 8
+    assert not list(run.folder.glob("*.damaged"))
 
 
 def test_how_many_checkpoints_stay(make_run):
@@ -313,12 +328,8 @@ def test_files_that_are_no_checkpoints(tmp_path):
     with pytest.raises(UserError, match="other.pt: is a checkpoint of something else"):
         read_checkpoint(tmp_path / "other.pt")
     torch.save(Mischief(tmp_path / "touched"), tmp_path / "hostile.pt")
-    sealed = seal((tmp_path / "hostile.pt").read_bytes())
-    assert is_whole(sealed)
-    (tmp_path / "sealed hostile.pt").write_bytes(sealed)
-    for name in ("hostile.pt", "sealed hostile.pt"):
-        with pytest.raises(UserError, match="hostile.pt: is damaged, or no checkpoint"):
-            read_checkpoint(tmp_path / name)
+    with pytest.raises(UserError, match="hostile.pt: is damaged, or no checkpoint"):
+        read_checkpoint(tmp_path / "hostile.pt")
     assert not (tmp_path / "touched").exists()
 
 

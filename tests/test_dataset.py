@@ -174,7 +174,7 @@ def test_a_person_in_two_splits_is_refused(tmp_path):
     fill(tmp_path / "train", (1, 2))
     fill(tmp_path / "validate", (2, 3))
     with pytest.raises(UserError, match="train and validate, such as case_002"):
-        find_slices(tmp_path)
+        load_splits(tmp_path, None)
 
 
 def test_real_slices(oasis):
@@ -224,7 +224,7 @@ def test_a_full_disk_is_no_reason_to_stop(counted, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
     files, cache, _ = counted
-    monkeypatch.setattr(dataset.os, "posix_fallocate", full)
+    monkeypatch.setattr(dataset.np.lib.format, "write_array_header_1_0", full)
     assert len(load_images(files, 16, cache)[0]) == 3 and not list(cache.iterdir())
     assert "No space left" in capsys.readouterr().err
 

@@ -87,7 +87,7 @@ def test_accumulated_micro_batches_are_one_batch(make_run):
     def spy(x, t):
         pieces.append((x.clone(), t.clone()))
         return run.net(x, t)
-    run.forward, run.optimizer.step = spy, lambda: None
+    run.wrapped, run.optimizer.step = spy, lambda: None
     run.optimizer.zero_grad = lambda **_: None
     before = {n: p.clone() for n, p in run.net.named_parameters()}
     run.config = replace(run.config, grad_clip=1e9)

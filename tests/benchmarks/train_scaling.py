@@ -58,7 +58,7 @@ def loop_costs(size: int, device: torch.device) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(Path(scratch), *our_configs(size, preset["batch_size"], device), data, device)
         whole = fastest(run.train_step, 8, device)
-        log, per_save = Log(run, 50), 1000 / preset["save_every"]
+        log, per_save = Log(run), 1000 / preset["save_every"]
         norm = run.train_step()
         log.pause()
         parts = {  # name: (the work, how often in 1,000 steps)
@@ -74,7 +74,7 @@ def loop_costs(size: int, device: torch.device) -> list[dict]:
             costs = {name: fastest(work, 5, device) * n for name, (work, n) in parts.items()}
         # A net of one weight: what is left of a step is the loop, averaged weights included.
         weight = torch.ones((), device=device, requires_grad=True)
-        run.forward = lambda sample, timesteps: sample * weight
+        run.wrapped = lambda sample, timesteps: sample * weight
         loop = fastest(run.train_step, 20, device)
     costs = {"the step itself": whole * 1000,
              "data, noise, target, averaged weights, bookkeeping": loop * 1000, **costs}
