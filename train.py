@@ -338,7 +338,7 @@ def local_device(name: str) -> torch.device:
         device = choose_device(name)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
-    if device.index is not None:  # plain "cuda" is the current card already
+    if device.type == "cuda" and device.index is not None:  # plain "cuda" is the current card
         torch.cuda.set_device(device)
     return device
 

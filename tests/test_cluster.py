@@ -188,10 +188,12 @@ def test_one_line_for_all_processes(data, tmp_path):
     assert f"{bad}: cannot be read" in result.stderr and "closed by peer" not in result.stderr
 
 
-def test_a_card_without_a_number(monkeypatch):
-    """torch.cuda.set_device takes no plain "cuda", which is what "auto" means on one card."""
-    monkeypatch.setattr(script, "choose_device", lambda name: torch.device("cuda"))
-    assert script.local_device("auto") == torch.device("cuda")
+@pytest.mark.parametrize("name", ["cuda", "cpu:0", "mps:0"])
+def test_a_device_that_is_no_numbered_card(monkeypatch, name):
+    """torch.cuda.set_device takes no plain "cuda", which is what "auto" means on one card, and
+    nothing but cards."""
+    monkeypatch.setattr(script, "choose_device", torch.device)
+    assert script.local_device(name) == torch.device(name)
 
 
 # Kills and damage -------------------------------------------------------------------------------
