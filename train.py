@@ -649,7 +649,9 @@ class Run:
         self.net.load_state_dict(content["net"])
         self.ema.net.load_state_dict(content["ema"])
         self.ema.num_updates = content["ema_updates"]
-        self.optimizer.load_state_dict(content["optimizer"])
+        # With its own groups: those of a device without a fused optimiser know no found_inf.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
         self.scaler.load_state_dict(content["scaler"])
         self.step = self.saved_step = content["step"]
         self.seconds, self.rows = content["seconds"], content["rows"]
