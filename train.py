@@ -447,7 +447,10 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
         self.watch(loss, norm)
-        self.scaler.step(self.optimizer)
+        if self.deferred:  # the scaler's own step would put its flag in the place of watch's
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.net)
@@ -469,7 +472,7 @@ class Run:
         now = torch.stack([torch.full_like(loss, self.step + 1), loss, norm])
         self.bad = torch.where(bad & (self.bad[0] == 0), now, self.bad)
         if self.deferred:
-            self.optimizer.found_inf = (self.bad[0] > 0).float()
+            self.optimizer.found_inf = ((self.bad[0] > 0) | (self.skipped > 0)).float()
         else:
             self.check()
 

@@ -439,10 +439,12 @@ def test_bad_numbers_stop_the_run_before_a_weight_is_touched(make_run, what, def
     assert same(read_checkpoint(run.checkpoint)["net"], weights)
 
 
-def test_float16_skips_overflows_and_continues_exactly(make_run):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_float16_skips_overflows_and_continues_exactly(make_run, deferred):
     how = dict(dtype="float16", lr_schedule="constant", batch_size=2, flip=False)
     whole, parts = make_run("whole", steps=8, **how), make_run("parts", steps=4, **how)
     for run in (whole, parts):
+        run.deferred = deferred
         run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**19})
     before = {k: v.clone() for k, v in whole.net.state_dict().items()}
     whole.train_step()
@@ -451,19 +453,23 @@ def test_float16_skips_overflows_and_continues_exactly(make_run):
     assert whole.scaler.get_scale() < 2.0**18 and not same(before, whole.net.state_dict())
     train(parts, log_every=4, save_every=4)
     again = make_run("parts", steps=8, **how)
+    again.deferred = deferred
     again.resume()
     train(again, log_every=4, save_every=4)
     ours, theirs = read_checkpoint(again.checkpoint), read_checkpoint(whole.checkpoint)
     assert all(same(ours[k], theirs[k]) for k in ("net", "ema", "optimizer", "scaler"))
 
 
-def test_float16_stops_if_no_scale_helps(make_run):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_float16_stops_if_no_scale_helps(make_run, deferred):
+    """deferred: the good gradients up to the next look touch no weight either."""
     run = make_run(dtype="float16", steps=40)
-    real = run.loss
+    run.deferred, real = deferred, run.loss
 
-    def broken(*share):
-        loss = real(*share)
-        loss.register_hook(lambda gradient: gradient * float("inf"))
+    def broken(step, *share):
+        loss = real(step, *share)
+        if step < 21:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
     run.loss = broken
     before = {k: v.clone() for k, v in run.net.state_dict().items()}
