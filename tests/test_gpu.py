@@ -39,9 +39,9 @@ def distance(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [
-    ("float32", 2e-3), ("float16", 0.01), pytest.param("bfloat16", 0.03, marks=bf16.marks)])
+    ("float32", 5e-3), ("float16", 0.01), pytest.param("bfloat16", 0.03, marks=bf16.marks)])
 def test_the_net_computes_what_the_cpu_does(dtype, tolerance):
-    """TF32 in convolutions is allowed in float32: hence 2e-3."""
+    """TF32 in convolutions is allowed in float32: 2.3e-3 if its inputs are cut off, not rounded."""
     net, x, t = randomised(), torch.randn(4, 1, 16, 16), torch.tensor([0, 10, 500, 999])
     on_card = copy.deepcopy(net).to(CUDA, memory_format=torch.channels_last)
     out = run_net(on_card, x.to(CUDA), t.to(CUDA), getattr(torch, dtype))
@@ -109,7 +109,7 @@ def test_compiled_is_as_eager(make_run):
         torch.testing.assert_close(a, b, rtol=0.05, atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", ("float32", bf16))
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_no_step_waits_for_the_card(make_run, dtype):
     """PyTorch itself reports each operation that makes the host wait."""
     run = make_run(device=CUDA, dtype=dtype, accumulate=2)
@@ -137,9 +137,10 @@ def test_continues_on_the_card_and_moves_to_the_cpu(make_run, dtype):
         again.check()
 
 
-def test_bad_numbers_leave_the_weights_alone_from_that_step_on(make_run):
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+def test_bad_numbers_leave_the_weights_alone_from_that_step_on(make_run, dtype):
     """The optimiser heeds the flag on the card; the host hears of it later, at the log line."""
-    run = make_run(device=CUDA)
+    run = make_run(device=CUDA, dtype=dtype)
     run.train_step()
     before = [p.clone() for p in run.net.parameters()]
     true_loss, run.loss = run.loss, lambda *a: true_loss(*a) * torch.inf
