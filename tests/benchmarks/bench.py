@@ -49,8 +49,8 @@ def find_device(name: str) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_gib(device: torch.device) -> float:
@@ -75,6 +75,8 @@ def _serve(pipe, make: Callable, device: torch.device, settings: dict) -> None:
     """A contender's process: builds it, warms it up, then runs as many steps as it is told."""
     sys.stderr = open(os.devnull, "w")  # compilers talk
     start = time.perf_counter()
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current card
     try:
         step = make(device, **settings)
         for _ in range(3):

@@ -90,11 +90,13 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32],
                         metavar="B", help="slices per step (default: 2 4 8 16 32)")
     parser.add_argument("--processes", type=int, nargs="+", metavar="N",
-                        help="numbers of processes (default: 1 2 on a CPU, else 1 to all cards)")
+                        help="numbers of processes (default: 1 2 on a CPU, else all that divide "
+                             "the batch, up to one a card)")
     args = parser.parse_args()
     device = bench.find_device(args.device)
     cards = torch.cuda.device_count() if device.type == "cuda" else 2
-    counts = args.processes or sorted({1, cards})
+    counts = args.processes or [n for n in range(1, cards + 1)
+                                if PRESETS["64"]["batch_size"] % n == 0]
 
     batches = against_batch(args.size, args.batch_sizes, device, args.repeats)
     print(f"\n{args.size} px\n")
