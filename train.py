@@ -160,7 +160,7 @@ OPTIONS = {
         ("device", "cuda, cuda:1, mps or cpu; auto is the fastest here", "auto", str),
         ("dtype", "type the network computes in; auto is bfloat16 where the hardware has it",
          "auto", ("auto", "float32", "bfloat16", "float16")),
-        ("compile", "torch.compile the network (default: off; needs a C++ compiler, and one to two "
+        ("compile", "torch.compile the network (default: off; needs a compiler, and one to two "
          "minutes at start)", False, bool),
         ("log-every", "steps between lines of metrics.csv", 50, positive_int),
         ("save-every", "steps between validation, samples and checkpoint", None, positive_int),
@@ -888,8 +888,11 @@ def prepare(args: argparse.Namespace) -> Run:
     Raises UserError for options, data or a folder that do not do, before anything is written.
     """
     device = local_device(args.device)
-    if args.compile and device.type == "cpu" and not (shutil.which("g++") or shutil.which("c++")):
-        raise UserError("--compile: no C++ compiler (g++) here; install one, or leave it out")
+    # What a card's kernels are started by is written in C.
+    compilers = ("g++", "c++") if device.type == "cpu" else (os.environ.get("CC", "gcc"), "clang")
+    if args.compile and not any(map(shutil.which, compilers)):
+        raise UserError(f"--compile: no compiler ({compilers[0]}) here; install one, or leave it "
+                        "out")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: the package is missing; pip install tensorboard, or leave "
                         "it out (metrics.csv holds the same)")

@@ -196,6 +196,15 @@ def test_a_device_that_is_no_numbered_card(monkeypatch, name):
     assert script.local_device(name) == torch.device(name)
 
 
+@pytest.mark.parametrize("device, compiler", [("cpu", "g[+][+]"), ("cuda", "gcc")])
+def test_compile_says_what_is_missing(monkeypatch, device, compiler):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(script, "local_device", torch.device)
+    monkeypatch.setattr(script.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=f"--compile: no compiler .{compiler}. here"):
+        script.prepare(script.parse_args(["--compile", "--device", device]))
+
+
 # Kills and damage -------------------------------------------------------------------------------
 
 
