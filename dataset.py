@@ -97,7 +97,7 @@ positive_int = checked(int, lambda n: n >= 1, "a whole number from 1 on")
 def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: a CPU's allocator raises a plain RuntimeError, told by its text."""
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
-        re.search("out of memory|allocate memory|not enough memory", str(error)))
+        re.search("out of memory|allocate memory|not enough memory|ALLOC_FAILED", str(error)))
 
 
 def run_cli(main: Callable[[], None]) -> None:
