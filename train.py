@@ -98,7 +98,7 @@ PRESETS = {
                   attention_up_to=6, dropout=0.0, batch_size=16, steps=3000, learning_rate=1e-3,
                   save_every=750),
     "64": dict(image_size=64, block_out_channels=(96, 128, 128), layers_per_block=2,
-               attention_up_to=8, dropout=0.0, batch_size=16, steps=13_000, learning_rate=5e-4,
+               attention_up_to=8, dropout=0.0, batch_size=16, steps=16_000, learning_rate=5e-4,
                save_every=750),
     "128": dict(image_size=128, block_out_channels=(64, 128, 192, 256), layers_per_block=2,
                 attention_up_to=16, dropout=0.1, batch_size=32, steps=60_000, learning_rate=3e-4,

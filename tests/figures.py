@@ -162,7 +162,7 @@ def draw_comparison(generated: torch.Tensor, data: Path) -> None:
               f"  spread of slice means {pixels.mean(dim=(1, 2, 3)).std():.1f}")
 
 
-def draw_progress(run: Path, size: tuple[int, int], steps=(750, 1500, 3000, 7500, 13_000)) -> None:
+def draw_progress(run: Path, size: tuple[int, int], steps=(750, 1500, 3000, 7500, 16_000)) -> None:
     """The first four samples of a run at some of its saves, one save a row."""
     height, width = size[0] + 1, 4 * (size[1] + 1) + 1
     rows = [np.asarray(Image.open(run / "samples" / f"step_{step:07d}.png"))[:height, :width]
