@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules import NoiseScheduler, make_scheduler_config
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: -m gpu")
+pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: -m gpu"),
+              pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")]
 
 
 class NoWaiting(TorchDispatchMode):
