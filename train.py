@@ -14,6 +14,7 @@ after Ctrl-C, SIGTERM, SIGUSR1 or --max-hours at that very step, else at the las
 import argparse
 import contextlib
 import datetime
+import gc
 import importlib.util
 import io
 import json
@@ -945,26 +946,23 @@ def start(run: Run) -> None:
         write_csv(run.folder / "metrics.csv", COLUMNS, run.rows)
 
 
-def main() -> None:
-    join_processes()
-    keep_freed_memory()
-    args = together(parse_args)
-    with explain_out_of_memory(args):
-        run = together(lambda: prepare(args))
-        folder = run.folder
-        print(f"{folder}: step {run.step} of {run.config.steps}, {len(run.data['train'])} slices "
-              f"of {'x'.join(map(str, run.net.config.sample_size))}, "
-              f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.1f} M parameters, "
-              f"{run.config.dtype} on {run.device}"
-              + (f" and {world_size() - 1} more" if world_size() > 1 else ""), flush=True)
-        if from_first(lambda: run.step == run.config.steps and finished(run)):
-            print("finished before; give more --steps to go on")
-            return
-        from_first(lambda: start(run))
-        done = together(lambda: train(run, args.log_every, args.save_every,
-                                      args.max_hours or math.inf, args.tensorboard))
-        if done:
-            finish(run)
+def carry_out(args: argparse.Namespace) -> None:
+    """Takes up the run that the options mean, or begins it, and brings it to its end."""
+    run = together(lambda: prepare(args))
+    folder = run.folder
+    print(f"{folder}: step {run.step} of {run.config.steps}, {len(run.data['train'])} slices "
+          f"of {'x'.join(map(str, run.net.config.sample_size))}, "
+          f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.1f} M parameters, "
+          f"{run.config.dtype} on {run.device}"
+          + (f" and {world_size() - 1} more" if world_size() > 1 else ""), flush=True)
+    if from_first(lambda: run.step == run.config.steps and finished(run)):
+        print("finished before; give more --steps to go on")
+        return
+    from_first(lambda: start(run))
+    done = together(lambda: train(run, args.log_every, args.save_every,
+                                  args.max_hours or math.inf, args.tensorboard))
+    if done:
+        finish(run)
     if rank() == 0 and run.saved_step != run.step:
         raise UserError(f"{run.checkpoint}: the last save failed, see above; the last good "
                         f"checkpoint is of step {run.saved_step}, and this was {run.step}; "
@@ -972,7 +970,18 @@ def main() -> None:
     if done:
         print(f"done: look at {folder / 'samples'} and {folder / 'loss.png'}, then: "
               f"python predict.py --checkpoint {folder}")
+
+
+def main() -> None:
+    join_processes()
+    keep_freed_memory()
+    args = together(parse_args)
+    with explain_out_of_memory(args):
+        carry_out(args)
     if dist.is_initialized():
+        # What uses the group has to go first: its last user, if that is not the line below, waits
+        # for the group's threads and keeps from them the interpreter's lock that they wait for.
+        gc.collect()
         dist.destroy_process_group()
 
 

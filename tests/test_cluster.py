@@ -1,6 +1,7 @@
 """A run survives what a cluster does to it: kills, full disks, damage, signals, many processes."""
 
 import csv
+import gc
 import os
 import random
 import re
@@ -109,6 +110,20 @@ def test_sigterm_to_torchrun_stops_all_processes_at_one_step(data, tmp_path):
     assert f"stopped by SIGTERM after step {step};" in rest, rest + errors
     assert "SIGKILL" not in errors and "RuntimeError" not in errors
     assert step > 3 and f"step {step}/" in rest and f"step {step + 1}/" not in rest
+
+
+def test_the_run_is_gone_before_its_process_group(command, tmp_path, monkeypatch):
+    """The other way round, one run of two processes in four hung at its end (torch 2.11)."""
+    script.dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0,
+                                   world_size=1)
+    real, left = script.dist.destroy_process_group, []
+
+    def destroy():
+        left.extend(thing for thing in gc.get_objects() if type(thing) is script.Run)
+        real()
+    monkeypatch.setattr(script.dist, "destroy_process_group", destroy)
+    command("--steps", 1)
+    assert not script.dist.is_initialized() and not left
 
 
 SRUN = """#!/bin/bash
