@@ -1035,6 +1035,7 @@ class Preparation:
         except (KeyError, ValueError, TypeError):
             raise UserError(f"{out / 'cases.csv'}: is not as prepare wrote it; prepare into a new "
                             "folder") from None
+        tars_done += [mark.stem for mark in self.staged.glob("*.done")]
         self.tars_done = tars_done if len(whole) == len(self.rows) else []
         # Sessions that are there, or that a worker has begun.
         self.taken = whole | {path.parent.name for path in self.staged.glob("*/scan.json")}
@@ -1045,7 +1046,7 @@ class Preparation:
             if any(not path.name.startswith(".") for path in self.out.iterdir()):
                 raise UserError(f"{self.out}: is neither empty nor made by prepare; give a new "
                                 "folder")
-            self.write_note([])
+            write_json(self.note, {"settings": self.settings, "tars": []})
         try:
             before = json.loads(self.note.read_text())
         except (OSError, ValueError) as error:
@@ -1054,9 +1055,6 @@ class Preparation:
             raise UserError(f"{self.out}: was prepared with {before['settings']}, now "
                             f"{self.settings}; give those again, or a new folder")
         return before["tars"]
-
-    def write_note(self, tars_done: list[str]) -> None:
-        write_json(self.note, {"settings": self.settings, "tars": tars_done})
 
     def run(self, tars: dict[str, Path], scans: list[Scan], workers: int) -> None:
         """Stages all that is not whole yet, one volume per worker in memory at a time.
@@ -1119,10 +1117,9 @@ class Preparation:
                 raise  # the fault is OUT's
             self.bad.append(BadSlice(tar, f"is cut short or no tar file ({error})",
                                      "download it again (the sessions before are kept)"))
-        with self.lock:
-            if not self.bad and not self.stop.is_set():
-                self.tars_done.append(key)
-                self.write_note(self.tars_done)
+        if not self.bad and not self.stop.is_set():
+            (self.staged / f"{key}.done").touch()  # beside its sessions, to be lost with them alone
+            self.tars_done.append(key)
 
     def scans_in(self, tar: Path, folder: Path, bar: tqdm) -> Iterator[Scan]:
         """The scans of a tar file, one volume at a time unpacked into `folder`.
@@ -1191,6 +1188,7 @@ class Preparation:
             folder.mkdir(exist_ok=True)
             for path in (self.staged / row["session"]).glob("*.png"):
                 os.replace(path, folder / f"case_{int(row['case']):03d}_slice_{path.stem}.nii.png")
+        write_json(self.note, {"settings": self.settings, "tars": self.tars_done})
         shutil.rmtree(self.staged)
         self.refuse_pictures_in_two_splits()
 

@@ -439,11 +439,14 @@ def test_a_tar_that_is_done_is_not_read_again(discs, tmp_path, run, monkeypatch)
     monkeypatch.setattr(dataset.Preparation, "scans_in", fragile)
     with pytest.raises(KeyboardInterrupt):
         run("prepare", *tars, tmp_path / "o", *FEW, "--workers", 1)
+    shutil.copytree(tmp_path / "o", tmp_path / "cleared")
     read.append("killed")
     for _ in range(2):
         run("prepare", *tars, tmp_path / "o", *FEW, "--workers", 1)
     assert read == [tars[0], "killed", *tars[1:]]
-    assert len(table(tmp_path / "o")) == len(parts)
+    shutil.rmtree(tmp_path / "cleared" / ".staged")  # by somebody who wants to begin anew
+    run("prepare", *tars, tmp_path / "cleared", *FEW, "--workers", 1)
+    assert len(table(tmp_path / "o")) == len(table(tmp_path / "cleared")) == len(parts)
 
 
 # Refusals ----------------------------------------------------------------------------------------
