@@ -10,7 +10,6 @@ import contextlib
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -24,9 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
-from dataset import Parser, UserError, write_json  # noqa: E402
-from modules import choose_device  # noqa: E402
-from train import describe_machine  # noqa: E402
+from dataset import Parser, write_json  # noqa: E402
+from train import describe_machine, memory_gib  # noqa: E402
 
 
 def make_parser(description: str, name: str, repeats: int) -> argparse.ArgumentParser:
@@ -41,23 +39,9 @@ def make_parser(description: str, name: str, repeats: int) -> argparse.ArgumentP
     return parser
 
 
-def find_device(name: str) -> torch.device:
-    try:
-        return choose_device(name)
-    except ValueError as error:
-        raise UserError(f"--device: {error}") from None
-
-
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def peak_gib(device: torch.device) -> float:
-    """Peak memory of this process: on the card, or resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def fastest(work: Callable, repeats: int, device: torch.device) -> float:
@@ -91,7 +75,7 @@ def _serve(pipe, make: Callable, device: torch.device, settings: dict) -> None:
         for _ in range(steps):
             step()
         synchronize(device)
-        pipe.send(((time.perf_counter() - start) / steps, peak_gib(device)))
+        pipe.send(((time.perf_counter() - start) / steps, memory_gib(device)))
 
 
 class Contender:

@@ -22,6 +22,7 @@ import torch
 from bench import ROOT, draw_bars, facts, fastest, print_table, save_json
 from dataset import Slices, batch_indices, load_images, phantom_slices, run_cli
 from modules import keep_freed_memory
+from train import local_device
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="B",
                         help="slices per batch (default: %(default)s)")
     args = parser.parse_args()
-    device = bench.find_device(args.device)
+    device = local_device(args.device)
     keep_freed_memory()  # as train.py does
     workers = os.cpu_count()
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ from bench import facts, print_table, save_json
 from dataset import Slices, load_splits, progress_bar, run_cli
 from matplotlib import pyplot as plt
 from modules import keep_freed_memory
-from train import Run, make_configs, parse_args
+from train import Run, local_device, make_configs, parse_args
 
 
 def train(args, dtype: str, seed: int, loaded: dict, device) -> dict:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--preset", default="quick", help="of train.py (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=500, help="(default: %(default)s)")
     args = parser.parse_args()
-    device = bench.find_device(args.device)
+    device = local_device(args.device)
     keep_freed_memory()
     size = parse_args(["--preset", args.preset]).image_size
     loaded = load_splits(args.data, size)

@@ -8,10 +8,11 @@ denoising-diffusion-pytorch: FLOPs as near as its widths allow) and the same bat
 
 import bench  # first: it puts the scripts on the path
 import torch
-from bench import Contender, UserError, draw_bars, facts, print_table, save_json, take_turns
+from bench import Contender, draw_bars, facts, print_table, save_json, take_turns
 from contenders import ddp_sampling, diffusers_sampling, our_sampling
-from dataset import run_cli
+from dataset import UserError, run_cli
 from modules import choose_dtype
+from train import local_device
 
 
 def compare(size: int, batch_size: int, steps: int, device: torch.device, repeats: int,
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true",
                         help="leave out the compiled contender")
     args = parser.parse_args()
-    device = bench.find_device(args.device)
+    device = local_device(args.device)
     results = []
     for size in args.sizes:
         result = compare(size, args.batch_size, args.steps, device, args.repeats,

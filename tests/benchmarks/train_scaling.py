@@ -21,7 +21,7 @@ import torch
 from bench import ROOT, Contender, draw_bars, facts, fastest, print_table, save_json, take_turns
 from contenders import our_configs, ours
 from dataset import Slices, phantom_slices, run_cli
-from train import PRESETS, Log, Run, draw_losses
+from train import PRESETS, Log, Run, draw_losses, local_device
 
 
 def against_batch(size: int, batches: list[int], device: torch.device, repeats: int) -> list[dict]:
@@ -93,7 +93,7 @@ def main() -> None:
                         help="numbers of processes (default: 1 2 on a CPU, else all that divide "
                              "the batch, up to one a card)")
     args = parser.parse_args()
-    device = bench.find_device(args.device)
+    device = local_device(args.device)
     cards = torch.cuda.device_count() if device.type == "cuda" else 2
     counts = args.processes or [n for n in range(1, cards + 1)
                                 if PRESETS["64"]["batch_size"] % n == 0]

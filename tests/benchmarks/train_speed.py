@@ -10,11 +10,12 @@ this machine's own 3x3 convolutions reach in the same run in the same type.
 
 import bench  # first: it puts the scripts on the path
 import torch
-from bench import Contender, UserError, draw_bars, facts, print_table, save_json, take_turns
+from bench import Contender, draw_bars, facts, print_table, save_json, take_turns
 from contenders import (convolution, count_flops, ddp_net, ddp_training, diffusers_training,
                         matrix_product, our_configs, ours)
-from dataset import run_cli
+from dataset import UserError, run_cli
 from modules import UNet, choose_dtype
+from train import local_device
 
 
 ABLATIONS = {"kept memory": ("memory",), "GroupNorm": ("norm",), "attention": ("attention",),
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--ablate", action="store_true",
                         help="ours also without each of what makes it fast on a CPU")
     args = parser.parse_args()
-    device = bench.find_device(args.device)
+    device = local_device(args.device)
     on_cpu = device.type == "cpu"
     results = []
     for size in args.sizes or ((32, 64, 128) if on_cpu else (64, 128, 256)):
