@@ -1082,6 +1082,7 @@ class Preparation:
             finally:  # after an error or Ctrl-C too
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
+        self.bad.sort(key=lambda bad: str(bad.path))  # workers finish in any order
         if self.bad and not self.skip_bad:
             raise BadSlices(self.bad, max(len(scans), len(self.bad)), "files")
         if self.bad:
