@@ -10,18 +10,17 @@ W columns. Timesteps count from 0 (almost clean) to T - 1 (noise). State, schedu
 float32 whatever type the network computes in.
 """
 
-import contextlib
 import copy
-import ctypes
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils.cpu_kernels import GroupNorm, attend
 
 # ---------------------------------------------------------------------------------------------
 # UNet
@@ -101,56 +100,6 @@ def named(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-class _CPUGroupNorm(torch.autograd.Function):
-    """Group normalisation of a bfloat16 (B, C, H, W) with channels last in memory, on a CPU.
-
-    PyTorch's own kernels there take a quarter of a training step: its backward, and below
-    32x32 its forward in bfloat16, are slow (tests/benchmarks/train_speed.py --ablate shows it).
-    Sums are accumulated in float32; those of the backward pass are then rounded to bfloat16.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        b, c, h, w = x.shape
-        wide = x if h * w >= 1024 else x.float()  # where the float32 kernel is the faster one
-        out, mean, rstd = torch.native_group_norm(wide, weight, bias, b, c, h * w, groups, eps)
-        ctx.save_for_backward(x, weight, mean.float(), rstd.float())
-        return out.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """With g = weight * grad and x^ = (x - mean) * rstd, the gradient of x is
-        rstd * (g - mean(g) - x^ * mean(g * x^)): one linear map of x and grad per channel."""
-        x, weight, mean, rstd = ctx.saved_tensors
-        (b, c, h, w), groups = x.shape, mean.shape[1]
-        x_rows, grad_rows = (t.permute(0, 2, 3, 1).reshape(b, h * w, c) for t in (x, grad))
-        mean, rstd = mean.view(b, groups, 1), rstd.view(b, groups, 1)
-        grad_sum = grad_rows.sum(1).float().view(b, groups, -1)  # (B, groups, C / groups)
-        product_sum = (grad_rows * x_rows).sum(1).float().view(b, groups, -1)
-        normed_sum = (product_sum - mean * grad_sum) * rstd  # of grad * x^
-
-        weight = weight.view(1, groups, -1)
-        count = h * w * c // groups
-        mean_g = (weight * grad_sum).sum(2, keepdim=True) / count
-        mean_gx = (weight * normed_sum).sum(2, keepdim=True) / count
-        by_x = -mean_gx * rstd**2
-        offset = -mean_g * rstd - by_x * mean
-        by_grad, by_x, offset = (t.expand(b, groups, c // groups).reshape(b, 1, c).to(x.dtype)
-                                 for t in (weight * rstd, by_x, offset))
-        grad_x = torch.addcmul(torch.addcmul(offset, x_rows, by_x), grad_rows, by_grad)
-        return (grad_x.view(b, h, w, c).permute(0, 3, 1, 2), normed_sum.sum(0).view(c),
-                grad_sum.sum(0).view(c), None, None)
-
-
-class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm`, by a faster formulation where a CPU computes in bfloat16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            return _CPUGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return super().forward(x)
-
-
 class ResnetBlock(nn.Module):
     """Residual block: (B, in, H, W), (B, temb_dim) -> (B, out, H, W).
 
@@ -176,18 +125,6 @@ class ResnetBlock(nn.Module):
         h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention: (B, heads, N, d) each -> (B, heads, N, d).
-
-    For training on a CPU as plain matrix products, whose backward is 5 (64 positions) to 3 times
-    (256) faster there than that of the fused kernel, for B * heads * N^2 numbers of memory.
-    """
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        scores = q @ (k * k.shape[-1] ** -0.5).transpose(-1, -2)
-        return scores.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -608,7 +545,7 @@ def reverse_process(net: Callable[[Tensor, Tensor], Tensor], scheduler: NoiseSch
 
 
 # ---------------------------------------------------------------------------------------------
-# Averaged weights, and where the network runs
+# Averaged weights
 # ---------------------------------------------------------------------------------------------
 
 
@@ -633,53 +570,3 @@ class EMA:
         torch._foreach_lerp_(averaged, current, 1 - decay)
         for ours, theirs in zip(self.net.buffers(), net.buffers()):
             ours.copy_(theirs)
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name, or the fastest here for "auto": cuda, then mps, then cpu.
-
-    Raises ValueError if the device is unknown or not on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else (
-            "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {name!r} is not on this machine; take cpu, or leave it out "
-                         "for the fastest that is") from None
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next tensor, for this process.
-
-    By default every large tensor is mapped, zeroed page by page and unmapped again, at every step
-    (tests/benchmarks/train_speed.py --ablate shows the cost). Does nothing without glibc.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # the numbers of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 2**28)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type the network computes in: "float32", "bfloat16", or the faster one for "auto".
-
-    bfloat16 is faster where the hardware has it: NVIDIA cards from Ampere on, and CPUs with the
-    instructions for it (elsewhere a CPU emulates it, many times slower).
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
-        native = "avx512_bf16" in flags or "amx_bf16" in flags
-    return torch.bfloat16 if native else torch.float32

@@ -9,22 +9,22 @@ reverse.png (the first slice's way from noise to brain) and samples.json (how th
 """
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dataset import (Parser, UserError, positive_int, progress_bar, run_cli, save_grid, save_png,
-                     to_uint8, write_json)
-from modules import (SAMPLERS, NoiseScheduler, SchedulerConfig, UNet, UNetConfig, choose_dtype,
-                     keep_freed_memory, reverse_process, seeded_noise)
-from train import EVAL_SEED, FORMAT, local_device, read_checkpoint, seed_number
+from modules import (SAMPLERS, NoiseScheduler, SchedulerConfig, UNet, UNetConfig, reverse_process,
+                     seeded_noise)
+from utils.checkpoint import find_model, read_checkpoint, read_safetensors
+from utils.cli import (EVAL_SEED, Parser, UserError, positive_int, progress_bar, run_cli,
+                       seed_number)
+from utils.device import choose_dtype, keep_freed_memory
+from utils.distributed import local_device
+from utils.files import save_grid, save_png, to_uint8, write_json
 
-SHIPPED = Path(__file__).resolve().parent / "weights" / "oasis-64.safetensors"
 STRIP_LENGTH = 10  # pictures in the strip of the reverse process
 
 # ---------------------------------------------------------------------------------------------
@@ -40,53 +40,6 @@ class Model:
     scheduler: NoiseScheduler
     path: Path
     step: int
-
-
-def find_model(name: str | None) -> Path:
-    """The file that --checkpoint means: a file, a run folder's, the newest run's, the shipped.
-
-    Raises UserError if there is none, naming where was looked.
-    """
-    if name is None:
-        if not SHIPPED.exists():
-            raise UserError(f"{SHIPPED}: the shipped model is missing; clone again, or give "
-                            "--checkpoint")
-        return SHIPPED
-    if name == "latest":
-        found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise UserError("--checkpoint latest: no runs/*/checkpoint.pt here; train first, or "
-                            "give a run folder")
-        return found[-1]
-    path = Path(name)
-    if path.is_dir():
-        for file in ("checkpoint.pt", "model.safetensors"):
-            if (path / file).exists():
-                return path / file
-        raise UserError(f"{path}: holds neither checkpoint.pt nor model.safetensors; give a run "
-                        "folder of train.py")
-    if not path.exists():
-        raise UserError(f"--checkpoint {path}: no such file or folder")
-    return path
-
-
-def read_safetensors(path: Path) -> dict:
-    """The contents of a model.safetensors in the form of a checkpoint, on the CPU.
-
-    Raises UserError if the file is damaged or not one of ours.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
-        if metadata.get("format") != FORMAT:
-            raise UserError(f"{path}: holds the weights of something else; give a file that "
-                            "train.py wrote")
-        configs = {part: json.loads(metadata[part]) for part in ("unet", "scheduler")}
-        return {**configs, "ema": tensors, "step": int(metadata["step"])}
-    except (SafetensorError, OSError, KeyError, ValueError):
-        raise UserError(f"{path}: is damaged, or no safetensors file of train.py; give another "
-                        "one") from None
 
 
 def load_model(path: Path, device: torch.device) -> Model:

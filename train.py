@@ -13,7 +13,6 @@ after Ctrl-C, SIGTERM, SIGUSR1 or --max-hours at that very step, else at the las
 
 import argparse
 import contextlib
-import datetime
 import gc
 import importlib.util
 import io
@@ -21,14 +20,10 @@ import json
 import math
 import os
 import platform
-import re
-import resource
 import shutil
 import signal
 import sys
 import time
-import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -45,19 +40,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from dataset import (Parser, Slices, UserError, batch_indices, checked, load_splits, natural,
-                     out_of_memory, positive_int, run_cli, save_grid, write_atomic, write_csv,
-                     write_json)
+from dataset import Slices, batch_indices, load_splits
 from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
-                     choose_device, choose_dtype, keep_freed_memory, make_scheduler_config,
-                     reverse_process, run_net, seeded_noise)
+                     make_scheduler_config, reverse_process, run_net, seeded_noise)
+from utils.checkpoint import FORMAT, Damaged, read_checkpoint
+from utils.cli import (EVAL_SEED, Parser, UserError, checked, fraction, natural, positive_float,
+                       positive_int, run_cli, seed_number)
+from utils.device import (choose_dtype, describe_machine, keep_freed_memory, memory_gib,
+                          out_of_memory)
+from utils.distributed import (from_first, join_processes, local_device, rank, together,
+                               world_size)
+from utils.files import save_grid, write_atomic, write_csv, write_json
 
 STARTED = time.monotonic()  # --max-hours counts from here
-# For a process that hangs; one that died is noticed by torchrun or srun at once. It has to outlast
-# what only one process does, the decoding of all slices above all.
-TIMEOUT = datetime.timedelta(hours=1)
-FORMAT = "oasis-diffusion-1"
-EVAL_SEED = 2**31  # far from the seeds that people give their slices
 QUARTILES = ("q1", "q2", "q3", "q4")
 COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUARTILES),
            "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
@@ -109,13 +104,8 @@ PRESETS = {
                 save_every=2000),
 }
 
-
-seed_number = checked(int, lambda v: 0 <= v < EVAL_SEED, "a whole number from 0 to 2^31 - 1")
-positive_float = checked(float, lambda v: 0 < v < math.inf, "a number above 0")
 image_size = checked(lambda text: text if text == "native" else int(text),
                     lambda v: v == "native" or v >= 1, "a number of pixels, nor native")
-fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
-
 
 # Every option: name, what it means with its unit, default (None: the preset's), and its type.
 OPTIONS = {
@@ -227,121 +217,6 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
               "dtype": str(choose_dtype(args.dtype, device)).removeprefix("torch."),
               "data_crc32": data_crc32}
     return unet, scheduler, TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------
-
-
-class Damaged(UserError):
-    """A checkpoint that is not as it was written."""
-
-
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint's contents, on the CPU; only tensors and plain values are ever unpickled.
-
-    Raises Damaged if the file is that, UserError if it cannot be read at all (which may pass on a
-    network's disk) or is a checkpoint of something else.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); try again, or give another "
-                        "one") from None
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as file:
-            if file.testzip():  # torch.save writes checksums, but torch.load reads past them
-                raise ValueError
-        with warnings.catch_warnings(action="ignore"):  # about foreign files
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the reader raise anything
-        if out_of_memory(error):
-            raise
-        raise Damaged(f"{path}: is damaged, or no checkpoint of train.py; give another "
-                      "one") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: is a checkpoint of something else; give one that train.py wrote")
-    return content
-
-
-# ---------------------------------------------------------------------------------------------
-# One process or several
-# ---------------------------------------------------------------------------------------------
-
-
-def rank() -> int:
-    """This process's number among all; 0 writes the files."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_processes() -> None:
-    """Joins the processes that torchrun or srun started (README); alone, does nothing.
-
-    Cards talk through NCCL, CPUs through gloo. Only the first process prints. Raises UserError
-    if the environment does not say where the others are.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                timeout=TIMEOUT)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not come "
-                        f"together ({error}); start them with torchrun") from None
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
-def together(work: Callable):
-    """work()'s result, once all processes are through with theirs.
-
-    One's UserError ends all of them, and only the first of those that raised one says its line.
-    """
-    result = error = None
-    try:
-        result = work()
-    except (UserError, SystemExit) as caught:  # SystemExit: of a `together` in work, or of --help
-        error = caught
-    failed = [isinstance(error, UserError)] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(failed, failed[rank()])
-    if any(failed) and failed.index(True) != rank():
-        raise SystemExit(2)
-    if error:
-        raise error
-    return result
-
-
-def from_first(work: Callable):
-    """The first process's work(), on all of them."""
-    box = [together(work if rank() == 0 else lambda: None)]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def local_device(name: str) -> torch.device:
-    """The device of --device; of several processes, each has its own card.
-
-    Raises UserError for one that is not here.
-    """
-    if world_size() > 1:
-        if name not in ("auto", "cuda", "cpu"):
-            raise UserError(f"--device {name}: for several processes, give cuda or cpu")
-        cards = name == "cuda" or name == "auto" and torch.cuda.is_available()
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cards else "cpu"
-    try:
-        device = choose_device(name)
-    except ValueError as error:
-        raise UserError(f"--device: {error}") from None
-    if device.type == "cuda" and device.index is not None:  # plain "cuda" is the current card
-        torch.cuda.set_device(device)
-    return device
 
 
 # ---------------------------------------------------------------------------------------------
@@ -699,24 +574,6 @@ def draw_losses(folder: Path, rows: list[dict]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
     write_atomic(folder / "loss.png", lambda file: figure.savefig(file, dpi=110, format="png"))
-
-
-def describe_machine(device: torch.device) -> str:
-    """The hardware in words, for results.json and the model card."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    model = found[1] if found else platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory so far, in GiB: of the card, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # ---------------------------------------------------------------------------------------------

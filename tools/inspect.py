@@ -1,0 +1,117 @@
+"""Shows what a folder of slices holds, as a report and a picture, before training on it.
+
+    python -m tools.inspect ROOT
+    python -m tools.inspect             the same for the phantoms
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset import (BadSlice, BadSlices, find_slices, fit, in_parallel, in_two_splits, load_splits,
+                     people_in_two_splits, person_finder, person_of, read_slice)
+from utils.cli import Parser, UserError, run_cli
+from utils.files import save_grid
+
+
+class Facts(NamedTuple):
+    """What inspect notes of one image file."""
+
+    kind: str  # size, format, bits
+    counts: np.ndarray  # of each of 256 grey levels, after square padding
+    digest: int  # of the pixels, likewise
+    small: np.ndarray  # uint8 (128, 128)
+
+
+def facts_of(image: Image.Image, kind: str) -> Facts:
+    pixels = fit(image, max(image.size))
+    return Facts(kind, np.bincount(pixels.ravel(), minlength=256), hash(pixels.tobytes()),
+                 fit(image, 128))
+
+
+def survey(path: Path) -> Facts:
+    """Reads and checks one file. Raises BadSlice."""
+    image = read_slice(path)
+    with Image.open(path) as header:
+        bits = 16 if header.mode.startswith("I") else 8
+        return facts_of(image, f"{image.width}x{image.height} {header.format} {bits} bits "
+                               f"{header.mode}")
+
+
+def survey_splits(root: Path | None) -> dict[str, list[tuple[Path, Facts | BadSlice]]]:
+    """Split -> its files, each with what is noted of it or wrong with it; phantoms for None."""
+    if root is None:
+        return {split: [(Path(name), facts_of(Image.fromarray(image), "phantom"))
+                        for name, image in zip(phantoms.names, phantoms.images)]
+                for split, phantoms in load_splits(None, 128).items()}
+    return {split: list(zip(files, in_parallel(survey, files, "reading")))
+            for split, files in find_slices(root).items() if files}
+
+
+def inspect(root: Path | None, picture: Path) -> None:
+    """Prints what a root holds, split by split, and saves a picture of random slices.
+
+    Raises UserError, after the report, if train.py would refuse the root.
+    """
+    person = person_finder(root) if root else person_of
+    found = survey_splits(root)
+    bad, kept, rows = [], [], []
+    print(f"{root or 'phantoms (no data given)'}")
+    for split, results in found.items():
+        bad += [facts for _, facts in results if isinstance(facts, BadSlice)]
+        good = [pair for pair in results if isinstance(pair[1], Facts)]
+        kept += [(split, facts.digest, f"{split}/{path.name}") for path, facts in good]
+        print(f"  {split:9s}{len(good):6d} slices", end="" if good else "\n")
+        if good:
+            describe(good, person)
+            chosen = np.random.default_rng(0).choice(len(good), 8, replace=len(good) < 8)
+            rows += [good[index][1].small for index in sorted(chosen)]
+    troubles = people_in_two_splits((s, person(path)) for s in found for path, _ in found[s])
+    troubles += in_two_splits(kept, "pictures", "remove one copy")
+    troubles += [str(BadSlices(bad, sum(map(len, found.values()))))] if bad else []
+    print("  people or pictures in two splits, files that cannot be used: "
+          + ("none" if not troubles else "".join(f"\n    {line}" for line in troubles)))
+    if rows:
+        save_grid(torch.from_numpy(np.stack(rows))[:, None] / 127.5 - 1, picture, columns=8)
+        print(f"8 random slices of each split, row by row: {picture}")
+    if troubles:
+        raise UserError(f"{root}: train.py would refuse it: {troubles[0]}")
+
+
+def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
+    """The rest of a split's line, a line of kinds and one with the histogram of grey levels."""
+    counts = np.sum([facts.counts for _, facts in good], axis=0)
+    people = len({person(path) for path, _ in good} - {None})
+    again = len(good) - len({facts.digest for _, facts in good})
+    print(f"  {people or 'unknown':>4} people  mean grey level "
+          f"{counts @ np.arange(256) / counts.sum():5.1f}  black "
+          f"{counts[:8].sum() / counts.sum():4.0%}  {again or 'no'} duplicates")
+    kinds = Counter(facts.kind for _, facts in good)
+    print(f"{'':11s}" + ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common(3))
+          + (f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""))
+    bands = counts[8:].reshape(62, 4).sum(1)
+    marks = " .:-=+*#%@"
+    print(f"{'':11s}grey levels 8 to 255 |" + "".join(
+        marks[round(9 * share)] for share in bands / max(1, bands.max())) + "|")
+
+
+def main() -> None:
+    parser = Parser(prog="python -m tools.inspect",
+                    description="Shows what a folder of slices holds before a GPU week is spent on "
+                                "it: counts, people, sizes, grey levels, duplicates, bad files, "
+                                "and one picture.")
+    parser.add_argument("root", nargs="?", type=Path, metavar="ROOT",
+                        help="folder of slices (default: the built-in phantoms)")
+    parser.add_argument("--out", type=Path, default=Path("inspect.png"), metavar="FILE",
+                        help="where the picture goes (default: %(default)s)")
+    args = parser.parse_args()
+    inspect(args.root, args.out)
+
+
+if __name__ == "__main__":
+    run_cli(main)

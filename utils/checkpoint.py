@@ -1,0 +1,94 @@
+"""Reads checkpoints and exported models, and finds them."""
+
+import io
+import json
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from utils.cli import UserError
+from utils.device import out_of_memory
+
+FORMAT = "oasis-diffusion-1"
+SHIPPED = Path(__file__).resolve().parents[1] / "weights" / "oasis-64.safetensors"
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written."""
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint's contents, on the CPU; only tensors and plain values are ever unpickled.
+
+    Raises Damaged if the file is that, UserError if it cannot be read at all (which may pass on a
+    network's disk) or is a checkpoint of something else.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); try again, or give another "
+                        "one") from None
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            if file.testzip():  # torch.save writes checksums, but torch.load reads past them
+                raise ValueError
+        with warnings.catch_warnings(action="ignore"):  # about foreign files
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the reader raise anything
+        if out_of_memory(error):
+            raise
+        raise Damaged(f"{path}: is damaged, or no checkpoint of train.py; give another "
+                      "one") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: is a checkpoint of something else; give one that train.py wrote")
+    return content
+
+
+def read_safetensors(path: Path) -> dict:
+    """The contents of a model.safetensors in the form of a checkpoint, on the CPU.
+
+    Raises UserError if the file is damaged or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+        if metadata.get("format") != FORMAT:
+            raise UserError(f"{path}: holds the weights of something else; give a file that "
+                            "train.py wrote")
+        configs = {part: json.loads(metadata[part]) for part in ("unet", "scheduler")}
+        return {**configs, "ema": tensors, "step": int(metadata["step"])}
+    except (SafetensorError, OSError, KeyError, ValueError):
+        raise UserError(f"{path}: is damaged, or no safetensors file of train.py; give another "
+                        "one") from None
+
+
+def find_model(name: str | None) -> Path:
+    """The file that --checkpoint means: a file, a run folder's, the newest run's, the shipped.
+
+    Raises UserError if there is none, naming where was looked.
+    """
+    if name is None:
+        if not SHIPPED.exists():
+            raise UserError(f"{SHIPPED}: the shipped model is missing; clone again, or give "
+                            "--checkpoint")
+        return SHIPPED
+    if name == "latest":
+        found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError("--checkpoint latest: no runs/*/checkpoint.pt here; train first, or "
+                            "give a run folder")
+        return found[-1]
+    path = Path(name)
+    if path.is_dir():
+        for file in ("checkpoint.pt", "model.safetensors"):
+            if (path / file).exists():
+                return path / file
+        raise UserError(f"{path}: holds neither checkpoint.pt nor model.safetensors; give a run "
+                        "folder of train.py")
+    if not path.exists():
+        raise UserError(f"--checkpoint {path}: no such file or folder")
+    return path

@@ -1,0 +1,85 @@
+"""Where and in which type the network computes, and its memory."""
+
+import contextlib
+import ctypes
+import platform
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name, or the fastest here for "auto": cuda, then mps, then cpu.
+
+    Raises ValueError if the device is unknown or not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {name!r} is not on this machine; take cpu, or leave it out "
+                         "for the fastest that is") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type the network computes in: "float32", "bfloat16", or the faster one for "auto".
+
+    bfloat16 is faster where the hardware has it: NVIDIA cards from Ampere on, and CPUs with the
+    instructions for it (elsewhere a CPU emulates it, many times slower).
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
+        native = "avx512_bf16" in flags or "amx_bf16" in flags
+    return torch.bfloat16 if native else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory for the next tensor, for this process.
+
+    By default every large tensor is mapped, zeroed page by page and unmapped again, at every step
+    (tests/benchmarks/train_speed.py --ablate shows the cost). Does nothing without glibc.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # the numbers of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**28)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: a CPU's allocator raises a plain RuntimeError, told by its text."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
+        re.search("out of memory|allocate memory|not enough memory|ALLOC_FAILED", str(error)))
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far, in GiB: of the card, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def describe_machine(device: torch.device) -> str:
+    """The hardware in words, for results.json and the model card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    model = found[1] if found else platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
