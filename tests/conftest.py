@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp())
 sys.path.insert(0, str(ROOT))
 
-import dataset  # noqa: E402
 from dataset import Slices, phantom_slices  # noqa: E402
 from modules import UNetConfig, make_scheduler_config  # noqa: E402
 from train import Run, TrainConfig  # noqa: E402
+from utils.cli import run_cli  # noqa: E402
 
 TINY = UNetConfig(sample_size=(16, 16), block_out_channels=(32, 64), layers_per_block=1,
                   attention_resolutions=(8,), dropout=0.1)
@@ -30,10 +30,16 @@ SMALL = ["--image-size", "16", "--block-out-channels", "32", "32", "--batch-size
          "--device", "cpu", "--dtype", "float32"]
 
 
+def command(script, *args):
+    """The words that start a script, train.py say, or a command, tools.prepare say."""
+    return [sys.executable, *(["-m", script] if script.startswith("tools.") else [ROOT / script]),
+            *map(str, args)]
+
+
 def call(script, *args, cwd):
-    """The script in a process of its own."""
-    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300)
+    """The script or command in a process of its own."""
+    return subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def pytest_configure(config):
@@ -83,7 +89,7 @@ def refused(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
         with pytest.raises(SystemExit) as stopped:
-            dataset.run_cli(importlib.import_module(script.removesuffix(".py")).main)
+            run_cli(importlib.import_module(script.removesuffix(".py")).main)
         *warnings, error = capsys.readouterr().err.splitlines()
         assert stopped.value.code == 2 and error.startswith("error: "), error
         assert all(line.startswith("warning: ") for line in warnings), warnings

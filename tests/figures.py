@@ -23,10 +23,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset import (Cutting, Parser, Slices, cut_volume, draw_phantom, load_splits,  # noqa: E402
-                     person_of, phantom_slices, run_cli, save_grid, to_uint8, upright)
-from modules import UNet, UNetConfig, choose_dtype  # noqa: E402
-from predict import SHIPPED, STRIP_LENGTH, load_model, sample_batch  # noqa: E402
+from dataset import (Slices, draw_phantom, load_splits, person_of,  # noqa: E402
+                     phantom_slices)
+from modules import UNet, UNetConfig  # noqa: E402
+from predict import STRIP_LENGTH, load_model, sample_batch  # noqa: E402
+from tools.volumes import Cutting, cut_volume, upright  # noqa: E402
+from utils.checkpoint import SHIPPED  # noqa: E402
+from utils.cli import Parser, run_cli  # noqa: E402
+from utils.device import choose_dtype  # noqa: E402
+from utils.files import save_grid, to_uint8  # noqa: E402
 
 IMAGES = ROOT / "images"
 CPU = torch.device("cpu")

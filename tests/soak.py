@@ -27,6 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dataset  # noqa: E402
 import train  # noqa: E402
+from utils import checkpoint, cli, files  # noqa: E402
 
 MEASURED = ("images_per_second", "memory_gib")  # differ from run to run
 
@@ -38,7 +39,7 @@ def make_data(root: Path) -> Path:
             for height in range(4):
                 pixels = dataset.draw_phantom(16, person, height / 4)
                 path = root / split / f"case_{person:03d}_slice_{height}.png"
-                dataset.save_png(torch.from_numpy(pixels), path)
+                files.save_png(torch.from_numpy(pixels), path)
     return root
 
 
@@ -79,8 +80,8 @@ def die_inside_a_save(call: int, halfway: bool) -> None:
             write(file)
         whole_write(path, half)
 
-    whole_write = dataset.write_atomic
-    dataset.write_atomic = train.write_atomic = half_written
+    whole_write = files.write_atomic
+    files.write_atomic = dataset.write_atomic = train.write_atomic = half_written
     for name in ("fsync", "link", "unlink", "replace"):
         setattr(os, name, dying(getattr(os, name)))
 
@@ -97,7 +98,7 @@ def live(argv: list[str], seconds: float | None = None,
         if call is not None:
             die_inside_a_save(*call)
         try:
-            dataset.run_cli(train.main)
+            cli.run_cli(train.main)
             os._exit(0)
         except BaseException as error:  # noqa: BLE001
             print(f"the run died of {error!r}", file=sys.stderr, flush=True)
@@ -119,7 +120,7 @@ def unreadable(folder: Path) -> list[str]:
     for path in [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]:
         try:
             if path.suffix == ".pt":
-                train.read_checkpoint(path)
+                checkpoint.read_checkpoint(path)
             elif path.suffix == ".csv":
                 rows = list(csv.DictReader(path.open()))
                 assert all(None not in row and None not in row.values() for row in rows)
@@ -151,7 +152,7 @@ def compare(a: Path, b: Path) -> dict[str, bool]:
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (a, b)]
     pictures = [{p.name: p.read_bytes() for p in run.glob("samples/*.png")} for run in (a, b)]
     weights = [(run / "model.safetensors").read_bytes() for run in (a, b)]
-    checkpoints = [train.read_checkpoint(run / "checkpoint.pt") for run in (a, b)]
+    checkpoints = [checkpoint.read_checkpoint(run / "checkpoint.pt") for run in (a, b)]
     return {"weights, averaged weights, optimiser": equal(*checkpoints),
             "metrics.csv": equal(*rows), "samples": equal(*pictures),
             "model.safetensors": equal(*weights)}
@@ -166,7 +167,7 @@ def soak(kills: int, folder: Path, seed: int) -> dict[str, object]:
     live(undisturbed)
     whole = time.monotonic() - start
     counts, lost = {"moment": 0, "save": 0}, []
-    with dataset.progress_bar(kills, "killing", "kill") as bar:
+    with cli.progress_bar(kills, "killing", "kill") as bar:
         for kind in itertools.islice(itertools.cycle(counts), kills):
             if kind == "save":
                 halfway = chance.random() < 0.5

@@ -19,8 +19,10 @@ from conftest import ROOT, SMALL, TINY
 from test_train import metrics, same
 
 import train as script
-from dataset import UserError, batch_indices
-from train import read_checkpoint, train
+from dataset import batch_indices
+from train import train
+from utils.checkpoint import read_checkpoint
+from utils.cli import UserError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
             "--", ROOT / "train.py"]  # without the two dashes, it takes --run for its --run-path

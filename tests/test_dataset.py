@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 import dataset
-from dataset import (Slices, UserError, batch_indices, decode, draw_phantom, find_slices, fit,
-                     load_images, load_splits, person_of, phantom_slices, read_gray, to_uint8)
+from dataset import (Slices, batch_indices, decode, draw_phantom, find_slices, fit, load_images,
+                     load_splits, person_of, phantom_slices, read_gray)
+from utils.cli import UserError
+from utils.files import to_uint8
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import TINY, call
 
-from dataset import Slices, UserError, phantom_slices
+from dataset import Slices, phantom_slices
 from modules import (NoiseScheduler, UNet, make_scheduler_config, reverse_process, run_net,
                      seeded_noise)
 from train import QUARTILES, train
+from utils.cli import UserError
 
 CUDA = torch.device("cuda")
 STILL = replace(TINY, dropout=0.0)  # dropout draws from each device's own generator

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import UserError
-from predict import SHIPPED, find_model, generate, load_model
+from predict import generate, load_model
 from train import finish, train
+from utils.checkpoint import SHIPPED, find_model
+from utils.cli import UserError
 
 CPU = torch.device("cpu")
 

@@ -1,6 +1,7 @@
 """Every shape that OASIS comes in comes out alike; what would spoil a run is refused."""
 
 import csv
+import importlib
 import io
 import os
 import shutil
@@ -17,7 +18,11 @@ from PIL import Image
 
 import dataset
 import train
-from dataset import T88_SHAPE, Cutting, UserError, cut_volume, load_splits, upright
+from dataset import load_splits
+from tools import prepare, volumes
+from tools.volumes import T88_SHAPE, Cutting, cut_volume, upright
+from utils.cli import UserError
+from utils.files import locked
 
 DISC = ROOT.parent / "shared" / "oasis-disc" / "disc1" / "OAS1_0001_MR1"
 FEW = ["--slices", 4]
@@ -96,10 +101,10 @@ def pack(folder, path, order=sorted):
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """run(*args): dataset.py with these arguments; what it printed."""
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["dataset.py", *map(str, args)])
-        dataset.main()
+    """run(name, *args): the command tools.NAME with these arguments; what it printed."""
+    def call(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        importlib.import_module(f"tools.{name}").main()
         return capsys.readouterr()
     return call
 
@@ -315,8 +320,8 @@ def test_a_second_call_does_only_what_is_missing(discs, tmp_path, run, monkeypat
     run("prepare", discs, out, *FEW)
     before = {name: image.copy() for name, image in pictures(out).items()}
     cut = []
-    real = dataset.cut_file
-    monkeypatch.setattr(dataset, "cut_file", lambda p, *a: (cut.append(p.name), real(p, *a))[1])
+    real = prepare.cut_file
+    monkeypatch.setattr(prepare, "cut_file", lambda p, *a: (cut.append(p.name), real(p, *a))[1])
     run("prepare", discs, out, *FEW)
     assert not cut
     case = next(r for r in table(out) if r["session"] == "OAS1_0002_MR1")
@@ -347,13 +352,13 @@ def test_new_people_do_not_move_old_ones(tmp_path, run):
 def test_a_disc_beside_its_tar_is_cut_once(discs, tmp_path, run, monkeypatch):
     """Two workers come to the same session at the same time."""
     pack(discs, tmp_path / "disc1.tar.gz")
-    cut, real = [], dataset.cut_volume
+    cut, real = [], volumes.cut_volume
 
     def slow(volume, zooms, cutting, name):
         cut.append(name)
         time.sleep(0.3)
         return real(volume, zooms, cutting, name)
-    monkeypatch.setattr(dataset, "cut_volume", slow)
+    monkeypatch.setattr(volumes, "cut_volume", slow)
     run("prepare", discs, tmp_path / "disc1.tar.gz", tmp_path / "o", *FEW, "--workers", 2)
     assert len(cut) == len(PEOPLE) and [r["session"] for r in table(tmp_path / "o")] == PEOPLE
 
@@ -363,20 +368,20 @@ def test_copies_of_a_disc_in_one_source_are_one(tmp_path):
         name = "OAS1_0001_MR1_mpr_n4_anon_111_t88_masked_gfc.hdr"
         (tmp_path / copy).mkdir()
         (tmp_path / copy / name).touch()
-    scans = dataset.merge_scans(dataset.find_scans(tmp_path)[1])
+    scans = prepare.merge_scans(prepare.find_scans(tmp_path)[1])
     assert [scan.session for scan in scans] == ["OAS1_0001_MR1"]
 
 
 def test_what_another_prepare_did_before_the_lock_is_seen(tmp_path, monkeypatch, run):
     folder = source(tmp_path)
-    cut, real, locked = [], dataset.cut_pictures, dataset.locked
-    monkeypatch.setattr(dataset, "cut_pictures", lambda *a: (cut.append(a), real(*a))[1])
+    cut, real = [], prepare.cut_pictures
+    monkeypatch.setattr(prepare, "cut_pictures", lambda *a: (cut.append(a), real(*a))[1])
 
     def late(*args, **options):
-        monkeypatch.setattr(dataset, "locked", locked)
+        monkeypatch.setattr(prepare, "locked", locked)
         run("prepare", folder, tmp_path / "o")
         return locked(*args, **options)
-    monkeypatch.setattr(dataset, "locked", late)
+    monkeypatch.setattr(prepare, "locked", late)
     run("prepare", folder, tmp_path / "o")
     assert len(cut) == len(table(tmp_path / "o")) == 3 and len(pictures(tmp_path / "o")) == 6
 
@@ -384,7 +389,7 @@ def test_what_another_prepare_did_before_the_lock_is_seen(tmp_path, monkeypatch,
 def test_the_same_command_works_once_the_source_is_mended(tmp_path, refused, run):
     folder = source(tmp_path)
     other = source(tmp_path, "test", first=5, count=3)
-    refused("dataset.py", ["prepare", tmp_path / "s", tmp_path / "o"],
+    refused("tools.prepare", [tmp_path / "s", tmp_path / "o"],
             "1 people stand in both test and train, such as case_002", "move each")
     (folder / "case_002_slice_1.png").unlink()
     (folder / "case_002_slice_0.png").rename(other / "case_002_slice_0.png")
@@ -412,10 +417,10 @@ def test_killed_at_any_moment_the_next_call_completes(discs, tmp_path, run, monk
         return real(source, target)
 
     run("prepare", discs, tmp_path / "whole", *FEW)
-    monkeypatch.setattr(dataset.os, "replace", fragile)
+    monkeypatch.setattr(os, "replace", fragile)
     with pytest.raises(Killed):
         run("prepare", discs, tmp_path / "o", *FEW, "--workers", 1)
-    monkeypatch.setattr(dataset.os, "replace", real)
+    monkeypatch.setattr(os, "replace", real)
     with pytest.raises(UserError, match="preparation is not finished.*prepare again"):
         dataset.find_slices(tmp_path / "o")
     run("prepare", discs, tmp_path / "o", *FEW, "--workers", 1)
@@ -429,14 +434,14 @@ def test_a_tar_that_is_done_is_not_read_again(discs, tmp_path, run, monkeypatch)
     """Nor by the call after one that was killed in its second tar: a disc takes minutes."""
     parts = sorted(discs.iterdir())
     tars = [pack(part, tmp_path / f"disc{number}.tar.gz") for number, part in enumerate(parts)]
-    read, real = [], dataset.Preparation.scans_in
+    read, real = [], prepare.Preparation.scans_in
 
     def fragile(preparation, tar, *more):
         if len(read) == 1:
             raise KeyboardInterrupt
         read.append(tar)
         return real(preparation, tar, *more)
-    monkeypatch.setattr(dataset.Preparation, "scans_in", fragile)
+    monkeypatch.setattr(prepare.Preparation, "scans_in", fragile)
     with pytest.raises(KeyboardInterrupt):
         run("prepare", *tars, tmp_path / "o", *FEW, "--workers", 1)
     shutil.copytree(tmp_path / "o", tmp_path / "cleared")
@@ -513,7 +518,7 @@ def lone_header(tmp_path):
 ])
 def test_volumes_refused(tmp_path, refused, make, words):
     make(tmp_path)
-    refused("dataset.py", ["prepare", tmp_path / "v", tmp_path / "o"], *words, "--skip-bad")
+    refused("tools.prepare", [tmp_path / "v", tmp_path / "o"], *words, "--skip-bad")
     assert not (tmp_path / "o" / "cases.csv").exists()
 
 
@@ -597,7 +602,7 @@ def test_train_and_inspect_refuse(tmp_path, refused, make, words):
     args = ["--data", tmp_path / "s", "--image-size", 16, "--run", tmp_path / "r",
             "--block-out-channels", 32, "--batch-size", 2, "--device", "cpu"]
     refused("train.py", args, *words)
-    refused("dataset.py", ["inspect", tmp_path / "s", "--out", tmp_path / "i.png"], *words)
+    refused("tools.inspect", [tmp_path / "s", "--out", tmp_path / "i.png"], *words)
     assert not (tmp_path / "r").exists()
 
 
@@ -605,12 +610,12 @@ def test_train_and_inspect_refuse(tmp_path, refused, make, words):
 def test_prepare_refuses_pictures(tmp_path, refused, make, words):
     make(tmp_path)
     words = [word for word in words if " of " not in word and "stand" not in word]
-    refused("dataset.py", ["prepare", tmp_path / "s", tmp_path / "o"], *words)
+    refused("tools.prepare", [tmp_path / "s", tmp_path / "o"], *words)
 
 
 def test_prepare_refuses_one_picture_in_two_splits(tmp_path, refused):
     shared_picture(tmp_path)
-    refused("dataset.py", ["prepare", tmp_path / "s", tmp_path / "o"],
+    refused("tools.prepare", [tmp_path / "s", tmp_path / "o"],
             "1 pictures stand in both train and test", "remove one copy of the source")
 
 
@@ -634,14 +639,14 @@ def test_skip_bad_without_a_cache_and_with_nothing_left(tmp_path, refused, capsy
     with pytest.raises(UserError, match="no slice of train can be used"):
         load_splits(tmp_path / "l" / "s", 16, skip_bad=True)
     capsys.readouterr()
-    refused("dataset.py", ["prepare", tmp_path / "l" / "s", tmp_path / "o", "--skip-bad"],
+    refused("tools.prepare", [tmp_path / "l" / "s", tmp_path / "o", "--skip-bad"],
             "none of the source can be used")
 
 
 def test_two_pictures_of_one_number_are_not_made_one(tmp_path, refused):
     folder = source(tmp_path)
     shades(77).save(folder / "case_001_slice_1.jpg")
-    refused("dataset.py", ["prepare", folder, tmp_path / "o"], "case_001_slice_1.png: has the "
+    refused("tools.prepare", [folder, tmp_path / "o"], "case_001_slice_1.png: has the "
             "number of", "case_001_slice_1.jpg", "number them apart")
 
 
@@ -659,7 +664,7 @@ def test_fewer_slices_than_a_batch_and_small_ones(tmp_path, refused, capsys):
 
 def test_sources_and_folders_that_do_not_do(tmp_path, refused, run):
     def attempt(args, *words):
-        refused("dataset.py", ["prepare", *args], *words)
+        refused("tools.prepare", args, *words)
     (tmp_path / "empty").mkdir()
     attempt([tmp_path / "nowhere", tmp_path / "o"], "nowhere: no such file or folder")
     attempt([tmp_path / "empty", tmp_path / "o"], "holds no *_t88_masked_gfc.hdr", "give")
@@ -683,7 +688,7 @@ def test_sources_and_folders_that_do_not_do(tmp_path, refused, run):
     (tmp_path / "o2" / "cases.csv").write_text("case,session\n1,x\n")
     attempt([folder, tmp_path / "o2"], "cases.csv: is not as prepare wrote it", "new folder")
     attempt([folder, tmp_path / "o3", "--seed=-1"], "--seed", "'-1'")
-    with dataset.locked(tmp_path / "o4" / ".lock"):
+    with locked(tmp_path / "o4" / ".lock"):
         (tmp_path / "o4" / "prepare.json").write_text(
             (tmp_path / "o2" / "prepare.json").read_text())
         attempt([folder, tmp_path / "o4"], "another prepare is at work on it")
@@ -767,7 +772,7 @@ def test_any_damage_ends_in_one_line_or_in_slices(tmp_path):
                 if path.suffix in (".png", ".jpg"):
                     dataset.decode(path, 16)
                 else:
-                    dataset.cut_file(path, Cutting(4), str(path))
+                    volumes.cut_file(path, Cutting(4), str(path))
                 outcomes.append(None)
             except dataset.BadSlice as error:
                 outcomes.append(str(error))
@@ -779,7 +784,7 @@ def test_a_tar_that_is_cut_short_keeps_what_came_before(discs, tmp_path, run, re
     tar = pack(discs, tmp_path / "disc1.tar.gz")
     content = tar.read_bytes()
     tar.write_bytes(content[:len(content) * 2 // 3])
-    refused("dataset.py", ["prepare", tar, tmp_path / "o", *FEW], "disc1.tar.gz: is cut short",
+    refused("tools.prepare", [tar, tmp_path / "o", *FEW], "disc1.tar.gz: is cut short",
             "download it again")
     kept = {p.name for p in (tmp_path / "o" / ".staged").glob("OAS1_*") if p.is_dir()}
     assert kept and kept < set(PEOPLE)
@@ -791,15 +796,15 @@ def test_a_tar_that_is_cut_short_keeps_what_came_before(discs, tmp_path, run, re
 def test_a_full_disk_is_no_damaged_tar(discs, tmp_path, refused, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(dataset.shutil, "copyfileobj", full)
-    refused("dataset.py", ["prepare", pack(discs, tmp_path / "disc1.tar.gz"), tmp_path / "o"],
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    refused("tools.prepare", [pack(discs, tmp_path / "disc1.tar.gz"), tmp_path / "o"],
             "o: cannot be written (No space left", "free some space")
 
 
 def test_half_a_volume_in_a_tar(discs, tmp_path, refused):
     tar = pack(discs, tmp_path / "disc1.tar.gz", lambda files: sorted(
         p for p in files if p.name != "OAS1_0002_MR1_mpr_n4_anon_111_t88_masked_gfc.img"))
-    refused("dataset.py", ["prepare", tar, tmp_path / "o", *FEW],
+    refused("tools.prepare", [tar, tmp_path / "o", *FEW],
             "OAS1_0002_MR1_mpr_n4_anon_111_t88_masked_gfc.hdr: is only one of .hdr and .img")
 
 
@@ -812,8 +817,8 @@ def test_permission_denied(tmp_path, refused, monkeypatch):
         if file == path:
             raise PermissionError(13, "Permission denied", str(file))
         return real(file, *args)
-    monkeypatch.setattr(dataset.Image, "open", denied)
-    refused("dataset.py", ["prepare", tmp_path / "s", tmp_path / "o"],
+    monkeypatch.setattr(Image, "open", denied)
+    refused("tools.prepare", [tmp_path / "s", tmp_path / "o"],
             "case_001_slice_1.png: cannot be read (Permission denied)")
 
 
@@ -826,7 +831,7 @@ def test_odd_files_beside_good_ones(tmp_path, refused, run):
     (folder / "case_007_slice_3.png").mkdir()
     Image.new("L", (1, 1), 7).save(folder / "case_007_slice_4.png")
     (folder / "loop").symlink_to(tmp_path / "s")
-    refused("dataset.py", ["inspect", tmp_path / "s", "--out", tmp_path / "i.png"], "5 of 11",
+    refused("tools.inspect", [tmp_path / "s", "--out", tmp_path / "i.png"], "5 of 11",
             *(f"case_007_slice_{i}.png" for i in range(5)))
     said = run("prepare", tmp_path / "s", tmp_path / "o", "--skip-bad")
     assert "case_007_slice_0.png" in said.err and len(pictures(tmp_path / "o")) == 6

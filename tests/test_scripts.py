@@ -1,6 +1,7 @@
 """The scripts as a person calls them: exit codes, one clear line, and the files that appear."""
 
 import importlib
+import os
 import re
 import signal
 import subprocess
@@ -9,12 +10,12 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, call
+from conftest import ROOT, SMALL, call, command
 from PIL import Image
 
-import dataset
 import train
 from train import PRESETS
+from utils.cli import run_cli
 
 
 def test_train_continue_predict(data, tmp_path, refused):
@@ -81,18 +82,19 @@ def test_predict_refuses(tmp_path, refused, args, words):
 
 
 def test_inspect(data, tmp_path, refused):
-    result = call("dataset.py", "inspect", data, cwd=tmp_path)
+    result = call("tools.inspect", data, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "12 slices     3 people" in result.stdout
     with Image.open(tmp_path / "inspect.png") as picture:
         assert picture.size == (8 * 129 + 1, 2 * 129 + 1)
-    refused("dataset.py", ["inspect", tmp_path / "nowhere"], "nowhere")
+    refused("tools.inspect", [tmp_path / "nowhere"], "nowhere")
 
 
 def test_inspect_into_a_pipe_that_is_closed(data, tmp_path):
-    """As by `inspect ROOT | head -1`."""
-    process = subprocess.Popen([sys.executable, ROOT / "dataset.py", "inspect", data],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """As by `python -m tools.inspect ROOT | head -1`."""
+    process = subprocess.Popen(command("tools.inspect", data), cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
 
@@ -125,10 +127,9 @@ def test_sigterm_saves_and_the_same_command_continues(data, tmp_path):
     assert f"step {step} of" in lines[0] and lines[1].startswith(f"step {step + 1}/")
 
 
-@pytest.mark.parametrize("script, command", [("train.py", []), ("predict.py", []),
-                                             ("dataset.py", ["inspect"])])
-def test_help_explains_every_option_and_its_default(script, command, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, *command, "--help"])
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "tools.prepare", "tools.inspect"])
+def test_help_explains_every_option_and_its_default(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(script.removesuffix(".py")).main()
     text = capsys.readouterr().out
@@ -160,7 +161,7 @@ def test_a_bug_is_not_called_out_of_memory():
     def broken():
         raise RuntimeError("unsupported memory format option")
     with pytest.raises(RuntimeError, match="memory format"):
-        dataset.run_cli(broken)
+        run_cli(broken)
 
 
 def test_out_of_memory_is_one_line(data, tmp_path, refused, monkeypatch):

@@ -12,9 +12,11 @@ from conftest import TINY
 from safetensors import safe_open
 
 import train as train_script
-from dataset import UserError, batch_indices, draw_phantom
+from dataset import batch_indices, draw_phantom
 from modules import NoiseScheduler, make_scheduler_config
-from train import Run, finish, read_checkpoint, step_seed, stratified_timesteps, train
+from train import Run, finish, step_seed, stratified_timesteps, train
+from utils.checkpoint import read_checkpoint
+from utils.cli import UserError
 
 FIXED = ("step", "loss", "validation_loss", "validation_q1", "learning_rate", "gradient_norm")
 

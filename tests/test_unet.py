@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modules import EMA, GroupNorm, UNet, UNetConfig, attend
+from modules import EMA, UNet, UNetConfig
 from references import diffusers_net
+from utils.cpu_kernels import GroupNorm, attend
 
 CONFIGS = {
     "attention": UNetConfig(sample_size=(32, 32), block_out_channels=(32, 64, 64),

@@ -23,8 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
-from dataset import Parser, write_json  # noqa: E402
-from train import describe_machine, memory_gib  # noqa: E402
+from utils.cli import Parser  # noqa: E402
+from utils.device import describe_machine, memory_gib  # noqa: E402
+from utils.files import write_json  # noqa: E402
 
 
 def make_parser(description: str, name: str, repeats: int) -> argparse.ArgumentParser:

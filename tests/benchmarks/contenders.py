@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset import Slices, phantom_slices
-from modules import (NoiseScheduler, UNet, UNetConfig, keep_freed_memory, make_scheduler_config,
-                     reverse_process, seeded_noise)
+from modules import (NoiseScheduler, UNet, UNetConfig, make_scheduler_config, reverse_process,
+                     seeded_noise)
 from references import diffusers_net
 from train import Run, make_configs, parse_args
+from utils.device import keep_freed_memory
 
 TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import bench  # first: it puts the scripts on the path
 import numpy as np
 from bench import facts, print_table, save_json
-from dataset import Slices, load_splits, progress_bar, run_cli
+from dataset import Slices, load_splits
 from matplotlib import pyplot as plt
-from modules import keep_freed_memory
-from train import Run, local_device, make_configs, parse_args
+from train import Run, make_configs, parse_args
+from utils.cli import progress_bar, run_cli
+from utils.device import keep_freed_memory
+from utils.distributed import local_device
 
 
 def train(args, dtype: str, seed: int, loaded: dict, device) -> dict:

@@ -10,9 +10,9 @@ import bench  # first: it puts the scripts on the path
 import torch
 from bench import Contender, draw_bars, facts, print_table, save_json, take_turns
 from contenders import ddp_sampling, diffusers_sampling, our_sampling
-from dataset import UserError, run_cli
-from modules import choose_dtype
-from train import local_device
+from utils.cli import UserError, run_cli
+from utils.device import choose_dtype
+from utils.distributed import local_device
 
 
 def compare(size: int, batch_size: int, steps: int, device: torch.device, repeats: int,

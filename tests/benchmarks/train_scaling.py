@@ -20,8 +20,10 @@ import bench  # first: it puts the scripts on the path
 import torch
 from bench import ROOT, Contender, draw_bars, facts, fastest, print_table, save_json, take_turns
 from contenders import our_configs, ours
-from dataset import Slices, phantom_slices, run_cli
-from train import PRESETS, Log, Run, draw_losses, local_device
+from dataset import Slices, phantom_slices
+from train import PRESETS, Log, Run, draw_losses
+from utils.cli import run_cli
+from utils.distributed import local_device
 
 
 def against_batch(size: int, batches: list[int], device: torch.device, repeats: int) -> list[dict]:

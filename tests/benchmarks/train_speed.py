@@ -13,9 +13,10 @@ import torch
 from bench import Contender, draw_bars, facts, print_table, save_json, take_turns
 from contenders import (convolution, count_flops, ddp_net, ddp_training, diffusers_training,
                         matrix_product, our_configs, ours)
-from dataset import UserError, run_cli
-from modules import UNet, choose_dtype
-from train import local_device
+from modules import UNet
+from utils.cli import UserError, run_cli
+from utils.device import choose_dtype
+from utils.distributed import local_device
 
 
 ABLATIONS = {"kept memory": ("memory",), "GroupNorm": ("norm",), "attention": ("attention",),
