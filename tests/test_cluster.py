@@ -21,6 +21,7 @@ from test_train import metrics, same
 import train as script
 from dataset import batch_indices
 from train import train
+from utils import distributed
 from utils.checkpoint import read_checkpoint
 from utils.cli import UserError
 
@@ -182,9 +183,10 @@ def test_the_batch_script_of_the_readme(data, tmp_path):
 
 
 def test_what_several_processes_refuse(make_run, refused, data, monkeypatch):
-    monkeypatch.setattr(script, "world_size", lambda: 3)
+    for module in (script, distributed):
+        monkeypatch.setattr(module, "world_size", lambda: 3)
     with pytest.raises(UserError, match="--device cuda:1: for several processes"):
-        script.local_device("cuda:1")
+        distributed.local_device("cuda:1")
     args = script.parse_args(arguments(data)[1:])
     with pytest.raises(UserError, match="--accumulate 1 times 3 processes does not divide .* 4"):
         script.make_configs(args, (16, 16), torch.device("cpu"), 0)
@@ -209,8 +211,8 @@ def test_one_line_for_all_processes(data, tmp_path):
 def test_a_device_that_is_no_numbered_card(monkeypatch, name):
     """torch.cuda.set_device takes no plain "cuda", which is what "auto" means on one card, and
     nothing but cards."""
-    monkeypatch.setattr(script, "choose_device", torch.device)
-    assert script.local_device(name) == torch.device(name)
+    monkeypatch.setattr(distributed, "choose_device", torch.device)
+    assert distributed.local_device(name) == torch.device(name)
 
 
 @pytest.mark.parametrize("device, compiler", [("cpu", "g[+][+]"), ("cuda", "gcc")])
