@@ -18,6 +18,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -76,6 +78,18 @@ def person_finder(root: Path) -> Callable[[Path], str | None]:
     of_case = {f"case_{int(row['case']):03d}": row["person"] for row in read_cases(root)
                if row.get("person") and str(row.get("case")).isdigit()}
     return lambda path: of_case.get(person_of(path), person_of(path))
+
+
+def class_finder(root: Path) -> Callable[[Path], str]:
+    """The class that ROOT/cases.csv states for a file's case: its clinical dementia rating, as
+    "CDR 0.5", else its `class` or `diagnosis`; "" if it states none."""
+    of_case = {}
+    for row in read_cases(root):
+        stated = row.get("class") or row.get("diagnosis") or (row.get("cdr") and f"CDR {row['cdr']}")
+        rating = re.search(r"CDR \d+(\.\d+)?", stated or "")
+        if str(row.get("case")).isdigit():
+            of_case[f"case_{int(row['case']):03d}"] = rating[0] if rating else stated or ""
+    return lambda path: of_case.get(person_of(path), "")
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -434,12 +448,13 @@ def _read_cache(path: Path) -> tuple[np.ndarray, int]:
 
 
 class Split(NamedTuple):
-    """One split in memory: uint8 (N, H, W), and each slice's file name and person."""
+    """One split in memory: uint8 (N, H, W), and each slice's file name, person and class."""
 
     images: np.ndarray
     names: list[str]
     people: list[str]
     crc32: int
+    classes: list[str]
 
 
 def load_splits(root: Path | None, image_size: int | None, cache: Path | None = None,
@@ -452,9 +467,10 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
     if root is None:
         people = {"train": (0, 192), "validate": (192, 16), "test": (208, 16)}
         phantoms = {s: phantom_slices(image_size or 64, *people[s]) for s in SPLITS}
-        return {s: Split(images, names, [person_of(Path(n)) for n in names], zlib.crc32(images))
+        return {s: Split(images, names, [person_of(Path(n)) for n in names], zlib.crc32(images),
+                         [""] * len(names))
                 for s, (images, names) in phantoms.items()}
-    person, files_of = person_finder(root), find_slices(root)
+    person, class_of, files_of = person_finder(root), class_finder(root), find_slices(root)
     for line in people_in_two_splits((s, person(path)) for s in files_of for path in files_of[s]):
         raise UserError(line)
     loaded = {}
@@ -464,7 +480,8 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
         if files:
             images, crc = load_images(files, image_size, cache)
             loaded[split] = Split(images, [path.name for path in files],
-                                  [person(path) or path.stem for path in files], crc)
+                                  [person(path) or path.stem for path in files], crc,
+                                  [class_of(path) for path in files])
             warn_if_enlarged(files, image_size)
     if "train" not in loaded:
         raise UserError(f"{root}: no slice of train can be used; give another folder")
@@ -510,20 +527,17 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int) -> np.ndarr
 class Slices:
     """Slices of one split, kept as uint8 where that is fastest, handed out as [-1, 1].
 
-    positions: float32 (N,), the height of each slice by its number, 0 (lowest of the split) to 1;
-    people: whose each is. On a GPU the set is copied to the card if it takes less than a quarter
-    of the free memory.
+    numbers: float32 (N,), each slice's number, which rises with its height in the head; classes:
+    each slice's class, "" for none; people: whose each is. On a GPU the set is copied to the card
+    if it takes less than a quarter of the free memory.
     """
 
-    def __init__(self, images: np.ndarray, names: list[str], device: torch.device,
-                 people: list[str] | None = None):
-        self.names = names
-        self.people = people or [person_of(Path(name)) or name for name in names]
-        numbers = np.array([slice_number(name) for name in names], np.float32)
-        self.positions = (numbers - numbers.min()) / max(1, np.ptp(numbers))
+    def __init__(self, split: Split, device: torch.device):
+        self.names, self.people, self.classes = split.names, split.people, split.classes
+        self.numbers = np.array([slice_number(name) for name in split.names], np.float32)
         self.device = device
-        self.images = torch.from_numpy(images)
-        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        self.images = torch.from_numpy(split.images)
+        if device.type == "cuda" and split.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.images = self.images.to(device)
 
     def __len__(self) -> int:
@@ -540,6 +554,51 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation
+# ---------------------------------------------------------------------------------------------
+
+AUGMENTATIONS = ("flip", "rotation", "scale", "aspect ratio", "shift across", "shift down")
+
+
+def draw_augmentations(count: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Random geometry for `count` slices, float32 (count, 6): the parameters of `augment`, each in
+    units of its largest value, 0 where it is off.
+
+    Each is on with the given probability, both shifts together. A flip is 1; the others are normal
+    with a standard deviation of half of their largest value. generator: on the CPU.
+    """
+    on = torch.rand(count, len(AUGMENTATIONS), generator=generator) < probability
+    on[:, 5] = on[:, 4]
+    size = (torch.randn(count, len(AUGMENTATIONS), generator=generator) / 2).clamp(-1, 1)
+    size[:, 0] = 1
+    return size * on
+
+
+def augment(images: Tensor, parameters: Tensor) -> Tensor:
+    """Flips, rotates, scales and shifts slices, float32 (B, C, H, W) in [-1, 1] -> same.
+
+    parameters: (B, 6) of `draw_augmentations`. Largest values: rotation 5 degrees, scale 5%, aspect
+    ratio 5%, shifts 4% of the side. They are the net's label too, so that the geometry does not
+    leak into samples, which are drawn with zeros (Karras et al. 2022, appendix F.2).
+    """
+    parameters = parameters.to(images.device)
+    flip, scale, aspect = (1 - 2 * parameters[:, 0], 1 + 0.05 * parameters[:, 2],
+                           1 + 0.025 * parameters[:, 3])
+    cos, sin = (f(parameters[:, 1] * math.radians(5)) for f in (torch.cos, torch.sin))
+    ratio = images.shape[2] / images.shape[3]
+    # From a pixel of the result to its place in the image, in units of half a side.
+    across = [flip * cos / (scale * aspect), -flip * sin * ratio / (scale * aspect),
+              0.08 * parameters[:, 4]]
+    down = [sin / ratio * aspect / scale, cos * aspect / scale, 0.08 * parameters[:, 5]]
+    grid = F.affine_grid(torch.stack(across + down, 1).view(-1, 2, 3), images.shape,
+                         align_corners=False)
+    # Outside is black, which grid_sample calls 0.
+    moved = F.grid_sample(images + 1, grid, mode="bicubic", align_corners=False)
+    untouched = ~parameters.any(1)[:, None, None, None]
+    return torch.where(untouched, images, moved.clamp(0, 2) - 1)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,9 +38,12 @@ class UNetConfig:
         self-attention. The middle block always has it.
     patch_size: side of the pixel blocks that are folded into channels in front of the net and
         unfolded behind it. 2 means a quarter of the positions, about a quarter of the work.
-    num_class_embeds: number of class labels; None for an unconditional net.
+    dropout: probability in the residual blocks, one for all levels or one for each, finest first.
+    label_dim: length of the label vectors that the net is conditioned on; 0 for none.
+    final_channels: channels of the full-resolution convolution behind the unfolded blocks, which
+        removes their borders (Bao et al. 2023, U-ViT, section 3.1); 0 for none.
 
-    Raises ValueError for a shape that cannot be built, naming the field and the mend.
+    Raises ValueError for a shape that cannot be built, naming the field and how to fix it.
     """
 
     sample_size: tuple[int, int] = (64, 64)
@@ -50,13 +54,19 @@ class UNetConfig:
     attention_resolutions: tuple[int, ...] = (16,)
     attention_head_dim: int = 32
     norm_num_groups: int = 32
-    dropout: float = 0.0
-    num_class_embeds: int | None = None
+    dropout: float | tuple[float, ...] = 0.0
     patch_size: int = 1
+    label_dim: int = 0
+    final_channels: int = 0
 
     def __post_init__(self):
-        for name in ("sample_size", "block_out_channels", "attention_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON brings lists
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # JSON brings lists
+                object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.dropout, float) and \
+                len(self.dropout) != len(self.block_out_channels):
+            raise ValueError(f"dropout: {len(self.dropout)} values for "
+                             f"{len(self.block_out_channels)} levels; give one, or one for each")
         for channels in self.block_out_channels:
             for name in ("norm_num_groups", "attention_head_dim"):
                 if channels % getattr(self, name):
@@ -67,6 +77,10 @@ class UNetConfig:
         if missing:
             raise ValueError(f"attention_resolutions: no level has a side of {min(missing)} px; "
                              f"the levels have {list(self.resolutions)}")
+
+    def level_dropout(self, level: int) -> float:
+        """Dropout probability of a level's residual blocks."""
+        return self.dropout if isinstance(self.dropout, float) else self.dropout[level]
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -107,14 +121,14 @@ class ResnetBlock(nn.Module):
     a 1x1 convolution on the skip where the channels change (Ho et al., appendix B).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, config: UNetConfig):
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, groups: int,
+                 dropout: float):
         super().__init__()
-        groups = config.norm_num_groups
         self.norm1 = GroupNorm(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(temb_dim, out_channels)
         self.norm2 = GroupNorm(groups, out_channels)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None
         if in_channels != out_channels:
@@ -169,10 +183,11 @@ class Level(nn.Module):
     """
 
     def __init__(self, channels: list[tuple[int, int]], attention: bool, temb_dim: int,
-                 config: UNetConfig, down: bool = False, up: bool = False):
+                 config: UNetConfig, dropout: float, down: bool = False, up: bool = False):
         super().__init__()
-        width = channels[-1][1]
-        self.resnets = nn.ModuleList(ResnetBlock(i, o, temb_dim, config) for i, o in channels)
+        width, groups = channels[-1][1], config.norm_num_groups
+        self.resnets = nn.ModuleList(
+            ResnetBlock(i, o, temb_dim, groups, dropout) for i, o in channels)
         self.attentions = nn.ModuleList(Attention(width, config) for _ in channels if attention)
         self.downsamplers = nn.ModuleList([downsample(width)] if down else [])
         self.upsamplers = nn.ModuleList([upsample(width)] if up else [])
@@ -189,7 +204,8 @@ class MidBlock(nn.Module):
     def __init__(self, channels: int, temb_dim: int, config: UNetConfig):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, temb_dim, config) for _ in range(2))
+            ResnetBlock(channels, channels, temb_dim, config.norm_num_groups,
+                        config.level_dropout(-1)) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(channels, config)])
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
@@ -213,15 +229,16 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels * patch**2, widths[0], 3, padding=1)
         self.time_embedding = named(linear_1=nn.Linear(widths[0], temb_dim), act=nn.SiLU(),
                                     linear_2=nn.Linear(temb_dim, temb_dim))
-        if config.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(config.num_class_embeds, temb_dim)
+        if config.label_dim:  # no bias: a label of zeros says nothing (Karras et al. 2022)
+            self.class_embedding = nn.Linear(config.label_dim, temb_dim, bias=False)
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips, current = [widths[0]], widths[0]  # channels of the skip connections, of x
         for level, width in enumerate(widths):
             channels = [(current, width)] + [(width, width)] * (depth - 1)
             self.down_blocks.append(
-                Level(channels, attention[level], temb_dim, config, down=level < last))
+                Level(channels, attention[level], temb_dim, config, config.level_dropout(level),
+                      down=level < last))
             skips += [width] * (depth + (level < last))
             current = width
         self.mid_block = MidBlock(current, temb_dim, config)
@@ -229,11 +246,15 @@ class UNet(nn.Module):
             inputs = [current] + [width] * depth
             channels = [(before + skips.pop(), width) for before in inputs]
             self.up_blocks.append(
-                Level(channels, attention[level], temb_dim, config, up=level > 0))
+                Level(channels, attention[level], temb_dim, config, config.level_dropout(level),
+                      up=level > 0))
             current = width
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0])
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels * patch**2, 3, padding=1)
+        full = config.final_channels or config.out_channels
+        self.conv_out = nn.Conv2d(widths[0], full * patch**2, 3, padding=1)
+        if config.final_channels:
+            self.conv_final = nn.Conv2d(full + config.in_channels, config.out_channels, 3, padding=1)
         self._zero_residual_branches()
 
     def _zero_residual_branches(self) -> None:
@@ -241,28 +262,26 @@ class UNet(nn.Module):
 
         Each block then starts as the identity and the net as a prediction of zero.
         """
-        last_layers = [self.conv_out]
+        last_layers = [self.conv_final if self.config.final_channels else self.conv_out]
         last_layers += [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock)]
         last_layers += [m.to_out[0] for m in self.modules() if isinstance(m, Attention)]
         for layer in last_layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
-                ) -> Tensor:
-        """(B, in_channels, H, W), (B,) timesteps, (B,) labels or None -> (B, out_channels, H, W).
+    def forward(self, sample: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W), (B,) timesteps, (B, label_dim) -> (B, out_channels, H, W).
 
-        Raises ValueError if H or W cannot be halved at every level, or if labels are missing
-        from a net with `num_class_embeds` or given to one without.
+        Labels of zeros, or None, leave the prediction unconditional.
+
+        Raises ValueError if H or W cannot be halved at every level.
         """
         self.config.check_size(*sample.shape[-2:])
-        if (class_labels is None) != (self.config.num_class_embeds is None):
-            raise ValueError("class_labels go with num_class_embeds: give both or neither")
-
-        temb = self.time_embedding(timestep_embedding(timestep, self.conv_in.out_channels)
-                                   .to(self.conv_in.weight.dtype))  # (B, 4 * C0)
-        if class_labels is not None:
-            temb = temb + self.class_embedding(class_labels)
+        dtype = self.conv_in.weight.dtype
+        temb = self.time_embedding(
+            timestep_embedding(timestep, self.conv_in.out_channels).to(dtype))  # (B, 4 * C0)
+        if labels is not None:
+            temb = temb + self.class_embedding(labels.to(dtype))
 
         x = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))  # (B, C0, H/p, W/p)
         skips = [x]
@@ -279,8 +298,79 @@ class UNet(nn.Module):
                 x = level.layer(index, torch.cat([x, skips.pop()], dim=1), temb)
             for double in level.upsamplers:  # one, but none on the finest level
                 x = double(x)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out * p^2, H/p, W/p)
-        return F.pixel_shuffle(x, self.config.patch_size)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, full * p^2, H/p, W/p)
+        x = F.pixel_shuffle(x, self.config.patch_size)
+        if self.config.final_channels:
+            x = self.conv_final(torch.cat([F.silu(x), sample], dim=1))
+        return x
+
+
+# ---------------------------------------------------------------------------------------------
+# Labels
+# ---------------------------------------------------------------------------------------------
+
+HEIGHT_FREQUENCIES = 16  # tells slices apart that lie 1/32 of the height apart
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """What the net is told about a slice, as one vector; stored in every checkpoint.
+
+    Every part that is not told is zero, and the vector enters by a linear map without a bias: the
+    parts are summed embeddings, each of which can be left out (Ho & Salimans 2022, section 3.2).
+
+    height_range: slice numbers of the heights 0 and 1; None if heights are not told.
+    classes: names of the classes; empty if classes are not told.
+    augmentations: number of augmentation parameters (Karras et al. 2022, appendix F.2), zeros when
+        sampling.
+    """
+
+    height_range: tuple[float, float] | None = None
+    classes: tuple[str, ...] = ()
+    augmentations: int = 0
+
+    def __post_init__(self):
+        for name in ("height_range", "classes"):
+            if isinstance(getattr(self, name), list):  # JSON brings lists
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def dim(self) -> int:
+        """Length of the label vector; 0 for an unconditional net."""
+        heights = HEIGHT_FREQUENCIES if self.height_range else 0
+        return heights + len(self.classes) + self.augmentations
+
+    def encode(self, heights: Tensor, classes: Tensor, augmentations: Tensor | None = None
+               ) -> Tensor | None:
+        """Label vectors, float32 (B, dim); None for an unconditional net.
+
+        heights: (B,) in [0, 1], nan where it is not told; classes: int64 (B,) indices into
+        `classes`, -1 where it is not told; augmentations: (B, augmentations), None for none.
+        """
+        parts = []
+        if self.height_range:
+            frequencies = torch.arange(HEIGHT_FREQUENCIES, device=heights.device)
+            angles = math.pi * frequencies * heights[:, None].float()
+            parts.append(angles.cos().nan_to_num(0.0))
+        if self.classes:
+            names = torch.arange(len(self.classes), device=classes.device)
+            parts.append((classes[:, None] == names).float())
+        if self.augmentations:
+            parts.append(torch.zeros(len(heights), self.augmentations, device=heights.device)
+                         if augmentations is None else augmentations)
+        return torch.cat(parts, dim=1) if parts else None
+
+    def for_seeds(self, seeds: list[int], height: float | None = None, class_: str | None = None
+                  ) -> Tensor | None:
+        """Label vectors for sampling, float32 (len(seeds), dim) on the CPU.
+
+        Without a height, each seed has its own, evenly distributed as in training; without a
+        class, none is told.
+        """
+        heights = [np.random.default_rng([seed, 1]).random() if height is None else height
+                   for seed in seeds]
+        index = -1 if class_ is None else self.classes.index(class_)
+        return self.encode(torch.tensor(heights), torch.full((len(seeds),), index))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,6 +384,9 @@ class SchedulerConfig:
 
     beta_schedule: "linear" (Ho et al., section 4) or "squaredcos_cap_v2", the cosine schedule
         (Nichol & Dhariwal, eq. 17).
+    log_snr_shift: added to the log signal-to-noise ratio of every timestep; 2 ln(64 / d) keeps, for
+        images of d x d pixels, the noise that hides as much as at 64 (Hoogeboom et al. 2023, eq. 7;
+        diffusers takes the shifted betas as `trained_betas`).
     rescale_betas_zero_snr: shift the schedule so that no signal is left at T - 1 (Lin et al.
         2024, algorithm 1).
     prediction_type: what the net predicts: "epsilon", "v_prediction" (Salimans & Ho 2022,
@@ -311,6 +404,7 @@ class SchedulerConfig:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     beta_schedule: str = "squaredcos_cap_v2"
+    log_snr_shift: float = 0.0
     rescale_betas_zero_snr: bool = False
     prediction_type: str = "v_prediction"
     variance_type: str = "fixed_small"
@@ -335,12 +429,15 @@ class SchedulerConfig:
                              "ratio; take v_prediction or sample with rescale_betas_zero_snr")
 
 
-SCHEDULES = ("linear", "cosine", "zero-snr")
+SCHEDULES = ("linear", "cosine", "cosine-shifted", "zero-snr")
 
 
 def make_scheduler_config(schedule: str, num_train_timesteps: int = 1000,
-                          prediction_type: str = "v_prediction") -> SchedulerConfig:
+                          prediction_type: str = "v_prediction",
+                          sample_size: tuple[int, int] = (64, 64)) -> SchedulerConfig:
     """The config of a named schedule (one of `SCHEDULES`) for any number of timesteps.
+
+    sample_size: (H, W) of the images, which "cosine-shifted" depends on.
 
     Linear betas are scaled by 1000 / T, so that T steps end at the noise level that 1000 do
     (Nichol & Dhariwal's code).
@@ -350,7 +447,8 @@ def make_scheduler_config(schedule: str, num_train_timesteps: int = 1000,
         num_train_timesteps=num_train_timesteps,
         beta_start=min(1e-4 * scale, 0.999),
         beta_end=min(0.02 * scale, 0.999),
-        beta_schedule="squaredcos_cap_v2" if schedule == "cosine" else "linear",
+        beta_schedule="squaredcos_cap_v2" if schedule.startswith("cosine") else "linear",
+        log_snr_shift=math.log(64**2 / math.prod(sample_size)) * (schedule == "cosine-shifted"),
         rescale_betas_zero_snr=schedule == "zero-snr",
         prediction_type=prediction_type,
     )
@@ -369,9 +467,15 @@ def make_betas(config: SchedulerConfig) -> Tensor:
     if config.rescale_betas_zero_snr:
         root = (1 - betas).cumprod(0).sqrt()
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-        alpha_bar = root**2
-        betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+        betas = betas_of(root**2)
+    if config.log_snr_shift:
+        betas = betas_of((1 - betas).cumprod(0).logit().add(config.log_snr_shift).sigmoid())
     return betas
+
+
+def betas_of(alphas_cumprod: Tensor) -> Tensor:
+    """(T,) alpha-bar -> (T,) beta."""
+    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
 
 
 class NoiseScheduler:
@@ -416,6 +520,23 @@ class NoiseScheduler:
             return original_samples.float()
         signal, sigma = self._signal_and_noise(timesteps)
         return signal * noise.float() - sigma * original_samples.float()
+
+    def timestep_cdf(self, p_mean: float | None = None, p_std: float = 1.2) -> Tensor:
+        """Cumulative distribution of the training timesteps, float64 (T,), ending at 1.
+
+        Uniform for p_mean None; else the one under which ln sigma, with sigma =
+        sqrt((1 - alpha-bar) / alpha-bar), is normal with mean p_mean and standard deviation p_std
+        (Karras et al. 2022, table 1), cut off at the ends of the table.
+        """
+        total = self.config.num_train_timesteps
+        if p_mean is None:
+            return torch.arange(1, total + 1, dtype=torch.float64) / total
+        log_sigma = -0.5 * self.alphas_cumprod.logit()
+        between = (log_sigma[1:] + log_sigma[:-1]) / 2  # a timestep stands for its surroundings
+        ends = torch.tensor([-math.inf]), torch.tensor([math.inf])
+        edges = torch.cat([ends[0], between, ends[1]]).to(torch.float64)
+        cdf = torch.special.ndtr((edges - p_mean) / p_std)
+        return cdf[1:]
 
     # Reverse process ---------------------------------------------------------------------
 
@@ -507,13 +628,15 @@ def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Callable[[], Tenso
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-def run_net(net: Callable, sample: Tensor, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+def run_net(net: Callable, sample: Tensor, timesteps: Tensor, dtype: torch.dtype,
+            labels: Tensor | None = None) -> Tensor:
     """The net in its compute type, and float32 again behind it: (B, C, H, W) -> same.
 
     Channels come last in memory, as the fast convolutions of CPUs and GPUs want them.
     """
     with torch.autocast(sample.device.type, dtype, enabled=dtype != torch.float32):
-        return net(sample.contiguous(memory_format=torch.channels_last), timesteps).float()
+        return net(sample.contiguous(memory_format=torch.channels_last), timesteps,
+                   *([] if labels is None else [labels])).float()
 
 
 @torch.inference_mode()
@@ -550,14 +673,15 @@ def reverse_process(net: Callable[[Tensor, Tensor], Tensor], scheduler: NoiseSch
 
 
 class EMA:
-    """Exponential moving average of a net's parameters; buffers are copied, never averaged.
+    """Moving average of a net's parameters; buffers are copied, never averaged.
 
-    The decay ramps up as min(decay, (1 + n) / (10 + n)) over n updates, so that a short run
-    averages over its last tenth and not over the initial net.
+    The average has a power-function profile: its length stays the same fraction of the training
+    so far (Karras et al. 2024, section 3.1), so that a short run does not average over the initial
+    net. length: standard deviation of the profile, relative to the training so far, 0 to 0.28.
     """
 
-    def __init__(self, net: nn.Module, decay: float = 0.9999):
-        self.decay = decay
+    def __init__(self, net: nn.Module, length: float = 0.09):
+        self.gamma = power_function_exponent(length)
         self.num_updates = 0
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
 
@@ -565,8 +689,22 @@ class EMA:
     def update(self, net: nn.Module) -> None:
         """Moves the average towards the weights of `net`."""
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        decay = (1 - 1 / self.num_updates) ** (self.gamma + 1)  # Karras et al. 2024, section 3.1
         averaged, current = list(self.net.parameters()), list(net.parameters())
         torch._foreach_lerp_(averaged, current, 1 - decay)
         for ours, theirs in zip(self.net.buffers(), net.buffers()):
             ours.copy_(theirs)
+
+
+def power_function_exponent(length: float) -> float:
+    """gamma of the profile t^gamma on [0, 1] whose standard deviation is `length`.
+
+    Solves length = sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) by bisection (Karras et al. 2024,
+    section 3.1).
+    """
+    low, high = 0.0, 1e4  # the standard deviation falls with gamma
+    for _ in range(80):
+        gamma = (low + high) / 2
+        longer = math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) > length
+        low, high = (gamma, high) if longer else (low, gamma)
+    return gamma

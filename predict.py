@@ -11,13 +11,14 @@ reverse.png (the first slice's way from noise to brain) and samples.json (how th
 import argparse
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modules import (SAMPLERS, NoiseScheduler, SchedulerConfig, UNet, UNetConfig, reverse_process,
-                     seeded_noise)
+from modules import (SAMPLERS, LabelConfig, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
+                     reverse_process, seeded_noise)
 from utils.checkpoint import find_model, read_checkpoint, read_safetensors
 from utils.cli import (EVAL_SEED, Parser, UserError, positive_int, progress_bar, run_cli,
                        seed_number)
@@ -40,6 +41,7 @@ class Model:
     scheduler: NoiseScheduler
     path: Path
     step: int
+    labels: LabelConfig
 
 
 def load_model(path: Path, device: torch.device) -> Model:
@@ -50,7 +52,9 @@ def load_model(path: Path, device: torch.device) -> Model:
     """
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     try:
+        content["unet"].pop("num_class_embeds", None)  # always None in files that have it
         net = UNet(UNetConfig(**content["unet"]))
+        labels = LabelConfig(**content.get("labels", {}))
         scheduler = NoiseScheduler(SchedulerConfig(**content["scheduler"]))
         net.load_state_dict(content["ema"])
         step = int(content["step"])
@@ -59,7 +63,8 @@ def load_model(path: Path, device: torch.device) -> Model:
         raise UserError(f"{path}: its weights and its configs do not fit ({reason}); give another "
                         "one") from None
     net.eval().requires_grad_(False)
-    return Model(net.to(device, memory_format=torch.channels_last), scheduler, path, step)
+    return Model(net.to(device, memory_format=torch.channels_last), scheduler, path, step,
+                 labels)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -77,7 +82,9 @@ def sample_batch(model: Model, seeds: list[int], batch_size: int, num_inference_
     filled = seeds + seeds[-1:] * (batch_size - len(seeds))
     config = model.net.config
     noise = seeded_noise(filled, (config.in_channels, *config.sample_size))
-    for state in reverse_process(model.net, model.scheduler, noise, num_inference_steps, sampler,
+    labels = model.labels.for_seeds(filled)
+    net = model.net if labels is None else partial(model.net, labels=labels.to(device))
+    for state in reverse_process(net, model.scheduler, noise, num_inference_steps, sampler,
                                  eta, device, dtype):
         yield state[:len(seeds)]
 

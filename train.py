@@ -40,8 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from dataset import Slices, batch_indices, load_splits
-from modules import (EMA, SCHEDULES, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
+from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augmentations, load_splits,
+                     moved)
+from modules import (EMA, SCHEDULES, LabelConfig, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
                      make_scheduler_config, reverse_process, run_net, seeded_noise)
 from utils.checkpoint import FORMAT, Damaged, read_checkpoint
 from utils.cli import (EVAL_SEED, Parser, UserError, checked, fraction, natural, positive_float,
@@ -53,6 +54,7 @@ from utils.distributed import (from_first, join_processes, local_device, rank, t
 from utils.files import save_grid, write_atomic, write_csv, write_json
 
 STARTED = time.monotonic()  # --max-hours counts from here
+LABEL_STREAM = 2**31  # a part of `step_seed` that is no rank's
 QUARTILES = ("q1", "q2", "q3", "q4")
 COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUARTILES),
            "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
@@ -81,31 +83,43 @@ class TrainConfig:
     lr_schedule: str
     weight_decay: float
     grad_clip: float
-    ema_decay: float
-    flip: bool
+    ema_length: float
     seed: int
     dtype: str
+    ema_short: float = 0.0
+    noise_distribution: str = "uniform"
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    augment: float = 0.0
+    label_dropout: float = 0.1
 
 
 # Grounds for the numbers: README, "Training". Every preset folds 2x2 pixel blocks, so that the
 # finest level of the 64-pixel net works at 32x32, the size of the CIFAR nets of Ho et al.
+COMMON = dict(attention_up_to=16, dropout=[0.0], patch_size=2, final_channels=0, schedule="cosine",
+              noise_distribution="uniform", augment=0.0, condition=["height", "class"])
 PRESETS = {
-    "quick": dict(image_size=48, block_out_channels=(32, 64, 96), layers_per_block=1,
-                  attention_up_to=6, dropout=0.0, batch_size=16, steps=3000, learning_rate=1e-3,
-                  save_every=750),
-    "64": dict(image_size=64, block_out_channels=(96, 128, 128), layers_per_block=2,
-               attention_up_to=8, dropout=0.0, batch_size=16, steps=16_000, learning_rate=5e-4,
-               save_every=750),
-    "128": dict(image_size=128, block_out_channels=(64, 128, 192, 256), layers_per_block=2,
-                attention_up_to=16, dropout=0.1, batch_size=32, steps=60_000, learning_rate=3e-4,
-                save_every=2000),
-    "256": dict(image_size=256, block_out_channels=(64, 64, 128, 192, 256), layers_per_block=2,
-                attention_up_to=16, dropout=0.1, batch_size=16, steps=100_000, learning_rate=2e-4,
-                save_every=2000),
+    "quick": COMMON | dict(
+        image_size=48, block_out_channels=[32, 64, 96], layers_per_block=1, attention_up_to=6,
+        batch_size=16, steps=3000, learning_rate=1e-3, save_every=750),
+    "64": COMMON | dict(
+        image_size=64, block_out_channels=[96, 128, 128], layers_per_block=2, attention_up_to=8,
+        batch_size=16, steps=16_000, learning_rate=5e-4, save_every=750),
+    "native": COMMON | dict(
+        image_size="native", block_out_channels=[64, 96, 128], layers_per_block=1, patch_size=4,
+        final_channels=8, schedule="cosine-shifted", noise_distribution="log-normal", augment=0.1,
+        batch_size=16, steps=6_000, learning_rate=1e-3, save_every=500),
+    "128": COMMON | dict(
+        image_size=128, block_out_channels=[64, 128, 192, 256], layers_per_block=2,
+        dropout=[0.1], batch_size=32, steps=60_000, learning_rate=3e-4, save_every=2000),
+    "256": COMMON | dict(
+        image_size=256, block_out_channels=[64, 64, 128, 192, 256], layers_per_block=2,
+        dropout=[0.1], batch_size=16, steps=100_000, learning_rate=2e-4, save_every=2000),
 }
 
 image_size = checked(lambda text: text if text == "native" else int(text),
                     lambda v: v == "native" or v >= 1, "a number of pixels, nor native")
+ema_length = checked(float, lambda v: 0.001 <= v <= 0.28, "a number from 0.001 to 0.28")
 
 # Every option: name, what it means with its unit, default (None: the preset's), and its type.
 OPTIONS = {
@@ -119,8 +133,11 @@ OPTIONS = {
         ("cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", None, Path),
         ("skip-bad", "go on without images that cannot be read or are no MR slices (default: off)",
          False, bool),
-        ("flip", "flip slices left to right at random (default: off; anatomy is not symmetric)",
-         False, bool),
+        ("augment", "probability of each of flip, rotation, scale, aspect and shift, of which the "
+         "net is told (0: off)", None, fraction),
+        ("condition", "what else the net is told: height in the head, class (cases.csv), or none; "
+         "what the data do not state is left out", None, ("height", "class", "none")),
+        ("label-dropout", "probability with which each of them is left out", 0.1, fraction),
         ("seed", "seed of weights, order, timesteps and noise", 0, seed_number),
     ],
     "optimisation": [
@@ -134,18 +151,27 @@ OPTIONS = {
          ("cosine", "constant")),
         ("weight-decay", "AdamW's weight decay, per step and unit of learning rate", 0.0, fraction),
         ("grad-clip", "largest gradient norm", 1.0, positive_float),
-        ("ema-decay", "decay per step of the averaged weights, after a ramp", 0.9999, fraction),
+        ("ema-length", "length of the EMA, as a fraction of the training so far", 0.09, ema_length),
+        ("ema-short", "length of a second, shorter EMA (0: none)", 0.0, fraction),
     ],
     "diffusion and net": [
-        ("schedule", "noise schedule", "cosine", SCHEDULES),
+        ("schedule", "noise schedule; cosine-shifted is shifted for the image size", None,
+         SCHEDULES),
+        ("noise-distribution", "noise levels in training: uniform in the timestep, or log-normal in "
+         "sigma", None, ("uniform", "log-normal")),
+        ("p-mean", "mean of ln sigma, for 64 pixels; moves along with cosine-shifted", -1.2, float),
+        ("p-std", "standard deviation of ln sigma", 1.2, positive_float),
         ("prediction-type", "what the net predicts", "v_prediction",
          ("epsilon", "v_prediction", "sample")),
         ("num-train-timesteps", "noise levels", 1000, positive_int),
         ("block-out-channels", "channels of each level, multiples of 32", None, positive_int),
         ("layers-per-block", "residual blocks per level", None, positive_int),
         ("attention-up-to", "self-attention on feature maps of this side or less", None, natural),
-        ("dropout", "dropout probability in the residual blocks", None, fraction),
-        ("patch-size", "side in pixels of the blocks folded into channels", 2, positive_int),
+        ("dropout", "dropout probability in the residual blocks, one or one for each level", None,
+         fraction),
+        ("patch-size", "side in pixels of the blocks folded into channels", None, positive_int),
+        ("final-channels", "channels of a last convolution at full resolution (0: none)", None,
+         natural),
     ],
     "machine": [
         ("device", "cuda, cuda:1, mps or cpu; auto is the fastest here", "auto", str),
@@ -178,7 +204,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             more = dict(action="store_true") if kind is bool else \
                 dict(choices=kind) if isinstance(kind, tuple) else \
                 dict(type=kind, metavar=name.split("-")[-1].upper())
-            if name == "block-out-channels":
+            if name in ("block-out-channels", "dropout", "condition"):
                 more["nargs"] = "+"
             group.add_argument(f"--{name}", help=text, default=default, **more)
     args = parser.parse_args(argv)
@@ -189,9 +215,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def make_labels(args: argparse.Namespace, train: Slices) -> LabelConfig:
+    """What the net is told, of what the train split states: one scale of heights for all splits."""
+    low, high = float(train.numbers.min()), float(train.numbers.max())
+    classes = sorted(set(train.classes) - {""})
+    return LabelConfig(
+        height_range=(low, high) if "height" in args.condition and high > low else None,
+        classes=classes if "class" in args.condition and len(classes) > 1 else (),
+        augmentations=len(AUGMENTATIONS) if args.augment else 0)
+
+
 def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.device,
-                 data_crc32: int) -> tuple[UNetConfig, SchedulerConfig, TrainConfig]:
-    """The three configs of a run from its options, the slices' (H, W) and their checksum.
+                 data_crc32: int, label_dim: int = 0
+                 ) -> tuple[UNetConfig, SchedulerConfig, TrainConfig]:
+    """Three configs of a run from its options, the slices' (H, W) and their checksum.
 
     Raises UserError for values that do not go together, naming the option.
     """
@@ -205,11 +242,12 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
             layers_per_block=args.layers_per_block, attention_resolutions=(),
             # A group of one channel would normalise the timestep embedding away.
             norm_num_groups=32 if min(args.block_out_channels) >= 64 else 8,
-            dropout=args.dropout, patch_size=args.patch_size)
+            dropout=args.dropout[0] if len(args.dropout) == 1 else args.dropout,
+            patch_size=args.patch_size, label_dim=label_dim, final_channels=args.final_channels)
         unet = replace(unet, attention_resolutions=[
             side for side in unet.resolutions if side <= args.attention_up_to])
         scheduler = make_scheduler_config(args.schedule, args.num_train_timesteps,
-                                          args.prediction_type)
+                                          args.prediction_type, size)
     except ValueError as error:
         option = "--image-size" if "image size" in str(error) else "--preset or its options"
         raise UserError(f"{option}: {error}") from None
@@ -229,28 +267,34 @@ def step_seed(seed: int, step: int, part: int = 0) -> int:
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1)[0])
 
 
-def stratified_timesteps(count: int, total: int, device: torch.device) -> Tensor:
-    """(count,) timesteps, one from each of `count` equal parts of [0, total), in order.
+def draw_timesteps(count: int, cdf: Tensor, device: torch.device) -> Tensor:
+    """(count,) timesteps from a cumulative distribution (T,), one from each of `count` equal parts
+    of its probability, in order.
 
     Each timestep is as likely as by independent draws, and the loss varies less from step to
     step (the low-discrepancy sampler of Kingma et al. 2021). The slices' order is random, so
     that of the timesteps need not be.
     """
     places = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
-    return (places * total).long().clamp(max=total - 1)
+    return torch.searchsorted(cdf.to(device), places.double(), right=True).clamp(max=len(cdf) - 1)
 
 
 class Run:
     """A training run: its net, averaged net, optimiser, data and folder."""
 
     def __init__(self, folder: Path, unet: UNetConfig, scheduler: SchedulerConfig,
-                 config: TrainConfig, data: dict[str, Slices], device: torch.device,
-                 compile_net: bool = False):
+                 labels: LabelConfig, config: TrainConfig, data: dict[str, Slices],
+                 device: torch.device, compile_net: bool = False):
         self.folder, self.config, self.data, self.device = folder, config, data, device
-        self.scheduler = NoiseScheduler(scheduler)
+        self.scheduler, self.labels = NoiseScheduler(scheduler), labels
+        # A shift of the log signal-to-noise ratio moves ln sigma by half of it.
+        self.timestep_cdf = self.scheduler.timestep_cdf(
+            None if config.noise_distribution == "uniform"
+            else config.p_mean - scheduler.log_snr_shift / 2, config.p_std)
         torch.manual_seed(config.seed)
         self.net = UNet(unet).to(device, memory_format=torch.channels_last)
-        self.ema = EMA(self.net, config.ema_decay)
+        self.ema = EMA(self.net, config.ema_length)
+        self.ema_short = EMA(self.net, config.ema_short) if config.ema_short else None
         self.wrapped = torch.compile(self.net) if compile_net else self.net  # what trains `net`
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
@@ -279,25 +323,49 @@ class Run:
     def loss(self, step: int, share: int = 0, shares: int = 1) -> Tensor:
         """Mean squared error of a share of a step's batch (Ho et al., algorithm 1), a scalar.
 
-        Slices, flips, timesteps and noise of the whole batch depend on (seed, step) alone: it is
+        Slices, augmentation, labels, timesteps and noise of the whole batch depend on (seed, step) alone: it is
         the same batch in however many shares. Dropout depends on the share as well.
         """
         config, train = self.config, self.data["train"]
         count = config.batch_size
         mine = slice(share * count // shares, (share + 1) * count // shares)
-        images = train[batch_indices(len(train), count, config.seed, step)[mine]]
+        indices = batch_indices(len(train), count, config.seed, step)[mine]
+        images, labels = train[indices], None
+        if self.labels.dim:
+            images, labels = self.label(images, indices, step, mine)
         torch.manual_seed(step_seed(config.seed, step))
-        if config.flip:
-            flipped = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
-            images = torch.where(flipped[mine], images.flip(3), images)
-        timesteps = stratified_timesteps(count, self.scheduler.config.num_train_timesteps,
-                                         self.device)[mine]
+        timesteps = draw_timesteps(count, self.timestep_cdf, self.device)[mine]
         noise = torch.randn(count, *images.shape[1:], device=self.device)[mine]
         if shares > 1:
             torch.manual_seed(step_seed(config.seed, step, 1 + share))
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         target = self.scheduler.training_target(images, noise, timesteps)
-        return F.mse_loss(run_net(self.wrapped, noisy, timesteps, self.dtype), target)
+        return F.mse_loss(run_net(self.wrapped, noisy, timesteps, self.dtype, labels), target)
+
+    def label(self, images: Tensor, indices: np.ndarray, step: int, mine: slice
+              ) -> tuple[Tensor, Tensor]:
+        """Part of a step's batch, augmented, and its labels, of which some are dropped.
+
+        All of it depends on (seed, step) alone: random numbers are drawn for the whole batch.
+        """
+        config, count = self.config, self.config.batch_size
+        generator = torch.Generator().manual_seed(step_seed(config.seed, step, LABEL_STREAM))
+        drop = (torch.rand(2, count, generator=generator) < config.label_dropout)[:, mine]
+        heights, classes = self.heights_and_classes("train", indices)
+        heights[drop[0]], classes[drop[1]] = math.nan, -1
+        parameters = draw_augmentations(count, config.augment, generator)[mine].to(self.device)
+        if config.augment:
+            images = augment(images, parameters)
+        return images, self.labels.encode(heights.to(self.device), classes.to(self.device),
+                                          parameters)
+
+    def heights_and_classes(self, split: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B,) heights in the head and (B,) class indices, -1 for none, on the CPU."""
+        data, names = self.data[split], list(self.labels.classes)
+        low, high = self.labels.height_range or (0.0, 1.0)
+        heights = torch.from_numpy((data.numbers[indices] - low) / (high - low))
+        return heights, torch.tensor([names.index(c) if c in names else -1
+                                      for c in (data.classes[i] for i in indices)])
 
     def backward(self) -> Tensor:
         """Leaves the gradient of the coming step's batch; returns the loss, of all processes."""
@@ -330,6 +398,8 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.net)
+        if self.ema_short:
+            self.ema_short.update(self.net)
         self.loss_sum += loss
         self.loss_count += 1
         self.step += 1
@@ -386,8 +456,10 @@ class Run:
             images, steps = data[indices % len(data)], timesteps[indices].to(self.device)
             noise = seeded_noise([EVAL_SEED + i for i in indices.tolist()], images.shape[1:])()
             noise = noise.to(self.device)
+            labels = self.labels.encode(*(part.to(self.device) for part in
+                                          self.heights_and_classes(split, indices % len(data))))
             noisy = self.scheduler.add_noise(images, noise, steps)
-            error = (run_net(self.ema.net, noisy, steps, self.dtype)
+            error = (run_net(self.ema.net, noisy, steps, self.dtype, labels)
                      - self.scheduler.training_target(images, noise, steps))
             losses[indices[0]:indices[-1] + 1] = (error**2).mean(dim=(1, 2, 3))
         losses = losses.cpu().double()
@@ -406,8 +478,11 @@ class Run:
         seeds = [min(rank() * each + place, num - 1) for place in range(each)]
         noise = seeded_noise(seeds, (config.in_channels, *config.sample_size))
         steps = min(num_inference_steps, self.scheduler.config.num_train_timesteps)
-        *_, images = reverse_process(self.ema.net, self.scheduler, noise, steps,
-                                     device=self.device, dtype=self.dtype)
+        labels = self.labels.for_seeds(seeds)
+        net = self.ema.net if labels is None else partial(self.ema.net,
+                                                          labels=labels.to(self.device))
+        *_, images = reverse_process(net, self.scheduler, noise, steps, device=self.device,
+                                     dtype=self.dtype)
         if world_size() == 1:
             return images
         parts = [torch.empty_like(images, device="cpu") for _ in range(world_size())]
@@ -420,9 +495,13 @@ class Run:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
+    def parts(self) -> dict[str, object]:
+        """The dataclasses that rebuild the run."""
+        return {"unet": self.net.config, "scheduler": self.scheduler.config, "labels": self.labels,
+                "train": self.config}
+
     def configs(self) -> dict[str, dict]:
-        return {"unet": asdict(self.net.config), "scheduler": asdict(self.scheduler.config),
-                "train": asdict(self.config)}
+        return {part: asdict(config) for part, config in self.parts().items()}
 
     def attempt(self, write: Callable, *args) -> None:
         """Writes, in the first process; a failure is told, and training goes on."""
@@ -442,6 +521,7 @@ class Run:
         torch.save(tree_map_only(Tensor, Tensor.cpu, {  # so that it loads anywhere
             "format": FORMAT, **self.configs(),
             "net": self.net.state_dict(), "ema": self.ema.net.state_dict(),
+            "ema_short": self.ema_short.net.state_dict() if self.ema_short else {},
             "ema_updates": self.ema.num_updates, "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "step": self.step, "seconds": self.seconds,
             "loss_sum": self.loss_sum, "loss_count": self.loss_count, "rows": self.rows,
@@ -513,11 +593,11 @@ class Run:
         content = from_first(self.newest)
         if content is None:
             return
-        mine = self.configs()
-        changed = [f"{part}.{key} = {content[part].get(key)!r}, now {value!r}"
-                   for part, values in mine.items() for key, value in values.items()
-                   if content[part].get(key) != value
-                   and key not in ("steps", "data", "accumulate")]
+        stored = {part: content.get(part, {}) for part in self.parts()}
+        changed = [f"{part}.{f.name} = {stored[part].get(f.name, f.default)!r}, now {value!r}"
+                   for part, config in self.parts().items() for f in fields(config)
+                   if (value := getattr(config, f.name)) != stored[part].get(f.name, f.default)
+                   and f.name not in ("steps", "data", "accumulate")]
         if changed:
             raise UserError(f"{self.folder}: holds another run ({'; '.join(changed)}); give those "
                             "values again, or another --run")
@@ -528,6 +608,9 @@ class Run:
         self.net.load_state_dict(content["net"])
         self.ema.net.load_state_dict(content["ema"])
         self.ema.num_updates = content["ema_updates"]
+        if self.ema_short:
+            self.ema_short.net.load_state_dict(content["ema_short"])
+            self.ema_short.num_updates = content["ema_updates"]
         # With its own groups: those of a device without a fused optimiser know no found_inf.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
@@ -546,13 +629,13 @@ class Run:
                 for index, state in content["optimizer"]["state"].items()):
             raise ValueError("its tensors do not fit its configuration")
 
-    def export(self) -> None:
-        """Writes the averaged weights in half precision with their configs as metadata."""
+    def export(self, name: str = "model", ema: EMA | None = None) -> None:
+        """Writes NAME.safetensors: EMA weights in half precision, their configs as metadata."""
         tensors = {name: tensor.half().contiguous().cpu()
-                   for name, tensor in self.ema.net.state_dict().items()}
+                   for name, tensor in (ema or self.ema).net.state_dict().items()}
         metadata = {key: json.dumps(value) for key, value in self.configs().items()}
         content = safetensors_bytes(tensors, {"format": FORMAT, "step": str(self.step), **metadata})
-        write_atomic(self.folder / "model.safetensors", lambda file: file.write(content))
+        write_atomic(self.folder / f"{name}.safetensors", lambda file: file.write(content))
 
 
 def draw_losses(folder: Path, rows: list[dict]) -> None:
@@ -705,6 +788,8 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
                 run.attempt(save_grid, run.sample(), picture, 4)
                 run.attempt(draw_losses, run.folder, run.rows)
                 run.attempt(run.save)
+                if run.step <= run.config.steps / 4:  # the last of them guides (Karras et al. 2024)
+                    run.attempt(run.export, "guide")
             log.restart()
         if stop.reason and run.step != run.saved_step:
             log.pause()
@@ -729,6 +814,8 @@ def finish(run: Run) -> None:
             print(f"{split} loss {results[split]['loss']:.5f}")
     if rank() == 0:
         run.export()
+        if run.ema_short:
+            run.export("model-short", run.ema_short)
         write_json(run.folder / "results.json", results)
 
 
@@ -762,14 +849,15 @@ def prepare(args: argparse.Namespace) -> Run:
     loaded = together(load if os.environ.get("LOCAL_RANK", "0") == "0" else lambda: None)
     loaded = together(lambda: loaded or load())
     images, count = loaded["train"].images, len(loaded["train"].images)
-    unet, scheduler, config = make_configs(args, images.shape[1:], device, loaded["train"].crc32)
+    data = {name: Slices(split, device) for name, split in loaded.items()}
+    labels = make_labels(args, data["train"])
+    unet, scheduler, config = make_configs(args, images.shape[1:], device, loaded["train"].crc32,
+                                           labels.dim)
     if count < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {count} slices in "
                         "train; give less")
     folder = args.run or Path("runs") / f"{config.data}-{args.preset}"
-    data = {name: Slices(split.images, split.names, device, split.people)
-            for name, split in loaded.items()}
-    run = Run(folder, unet, scheduler, config, data, device, args.compile)
+    run = Run(folder, unet, scheduler, labels, config, data, device, args.compile)
     run.keep = args.keep
     try:
         run.resume()

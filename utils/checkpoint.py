@@ -59,7 +59,8 @@ def read_safetensors(path: Path) -> dict:
         if metadata.get("format") != FORMAT:
             raise UserError(f"{path}: holds the weights of something else; give a file that "
                             "train.py wrote")
-        configs = {part: json.loads(metadata[part]) for part in ("unet", "scheduler")}
+        configs = {part: json.loads(metadata.get(part, "{}"))
+                   for part in ("unet", "scheduler", "labels")}
         return {**configs, "ema": tensors, "step": int(metadata["step"])}
     except (SafetensorError, OSError, KeyError, ValueError):
         raise UserError(f"{path}: is damaged, or no safetensors file of train.py; give another "
