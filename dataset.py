@@ -532,12 +532,15 @@ class Slices:
     if it takes less than a quarter of the free memory.
     """
 
-    def __init__(self, split: Split, device: torch.device):
-        self.names, self.people, self.classes = split.names, split.people, split.classes
-        self.numbers = np.array([slice_number(name) for name in split.names], np.float32)
+    def __init__(self, images: np.ndarray, names: list[str], device: torch.device,
+                 people: list[str] | None = None, classes: list[str] | None = None):
+        self.names = names
+        self.people = people or [person_of(Path(name)) or name for name in names]
+        self.classes = classes or [""] * len(names)
+        self.numbers = np.array([slice_number(name) for name in names], np.float32)
         self.device = device
-        self.images = torch.from_numpy(split.images)
-        if device.type == "cuda" and split.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        self.images = torch.from_numpy(images)
+        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.images = self.images.to(device)
 
     def __len__(self) -> int:
@@ -545,11 +548,11 @@ class Slices:
 
     def __getitem__(self, indices: np.ndarray) -> Tensor:
         """int64 (B,) -> float32 (B, 1, H, W) in [-1, 1] on the device."""
-        index = _moved(torch.from_numpy(indices), self.images.device)
-        return _moved(self.images[index], self.device)[:, None].float().div_(127.5).sub_(1)
+        index = moved(torch.from_numpy(indices), self.images.device)
+        return moved(self.images[index], self.device)[:, None].float().div_(127.5).sub_(1)
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device; the host does not wait for a GPU's copy, which only pinned memory allows."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()

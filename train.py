@@ -267,16 +267,17 @@ def step_seed(seed: int, step: int, part: int = 0) -> int:
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1)[0])
 
 
-def draw_timesteps(count: int, cdf: Tensor, device: torch.device) -> Tensor:
-    """(count,) timesteps from a cumulative distribution (T,), one from each of `count` equal parts
+def draw_timesteps(count: int, cdf: Tensor) -> Tensor:
+    """(count,) timesteps from a cumulative distribution, float32 (T,), one from each of `count` equal parts
     of its probability, in order.
 
     Each timestep is as likely as by independent draws, and the loss varies less from step to
     step (the low-discrepancy sampler of Kingma et al. 2021). The slices' order is random, so
     that of the timesteps need not be.
     """
+    device = cdf.device
     places = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
-    return torch.searchsorted(cdf.to(device), places.double(), right=True).clamp(max=len(cdf) - 1)
+    return torch.searchsorted(cdf, places, right=True).clamp(max=len(cdf) - 1)
 
 
 class Run:
@@ -290,7 +291,7 @@ class Run:
         # A shift of the log signal-to-noise ratio moves ln sigma by half of it.
         self.timestep_cdf = self.scheduler.timestep_cdf(
             None if config.noise_distribution == "uniform"
-            else config.p_mean - scheduler.log_snr_shift / 2, config.p_std)
+            else config.p_mean - scheduler.log_snr_shift / 2, config.p_std).float().to(device)
         torch.manual_seed(config.seed)
         self.net = UNet(unet).to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.net, config.ema_length)
@@ -334,7 +335,7 @@ class Run:
         if self.labels.dim:
             images, labels = self.label(images, indices, step, mine)
         torch.manual_seed(step_seed(config.seed, step))
-        timesteps = draw_timesteps(count, self.timestep_cdf, self.device)[mine]
+        timesteps = draw_timesteps(count, self.timestep_cdf)[mine]
         noise = torch.randn(count, *images.shape[1:], device=self.device)[mine]
         if shares > 1:
             torch.manual_seed(step_seed(config.seed, step, 1 + share))
@@ -353,10 +354,11 @@ class Run:
         drop = (torch.rand(2, count, generator=generator) < config.label_dropout)[:, mine]
         heights, classes = self.heights_and_classes("train", indices)
         heights[drop[0]], classes[drop[1]] = math.nan, -1
-        parameters = draw_augmentations(count, config.augment, generator)[mine].to(self.device)
+        parameters = moved(draw_augmentations(count, config.augment, generator)[mine],
+                           self.device)
         if config.augment:
             images = augment(images, parameters)
-        return images, self.labels.encode(heights.to(self.device), classes.to(self.device),
+        return images, self.labels.encode(moved(heights, self.device), moved(classes, self.device),
                                           parameters)
 
     def heights_and_classes(self, split: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -456,7 +458,7 @@ class Run:
             images, steps = data[indices % len(data)], timesteps[indices].to(self.device)
             noise = seeded_noise([EVAL_SEED + i for i in indices.tolist()], images.shape[1:])()
             noise = noise.to(self.device)
-            labels = self.labels.encode(*(part.to(self.device) for part in
+            labels = self.labels.encode(*(moved(part, self.device) for part in
                                           self.heights_and_classes(split, indices % len(data))))
             noisy = self.scheduler.add_noise(images, noise, steps)
             error = (run_net(self.ema.net, noisy, steps, self.dtype, labels)
@@ -849,7 +851,8 @@ def prepare(args: argparse.Namespace) -> Run:
     loaded = together(load if os.environ.get("LOCAL_RANK", "0") == "0" else lambda: None)
     loaded = together(lambda: loaded or load())
     images, count = loaded["train"].images, len(loaded["train"].images)
-    data = {name: Slices(split, device) for name, split in loaded.items()}
+    data = {name: Slices(split.images, split.names, device, split.people, split.classes)
+            for name, split in loaded.items()}
     labels = make_labels(args, data["train"])
     unet, scheduler, config = make_configs(args, images.shape[1:], device, loaded["train"].crc32,
                                            labels.dim)

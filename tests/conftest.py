@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp())
 sys.path.insert(0, str(ROOT))
 
 from dataset import Slices, phantom_slices  # noqa: E402
-from modules import UNetConfig, make_scheduler_config  # noqa: E402
+from modules import LabelConfig, UNetConfig, make_scheduler_config  # noqa: E402
 from train import Run, TrainConfig  # noqa: E402
 from utils.cli import run_cli  # noqa: E402
 
+LABELS = LabelConfig(height_range=(0, 7), augmentations=len(dataset.AUGMENTATIONS))
 TINY = UNetConfig(sample_size=(16, 16), block_out_channels=(32, 64), layers_per_block=1,
                   attention_resolutions=(8,), dropout=0.1)
 
@@ -65,16 +67,18 @@ def oasis() -> Path:
 def make_run(tmp_path):
     """make_run(name, **changes of TrainConfig) -> a Run on 40 phantoms of 16 pixels."""
     def make(name="run", unet=TINY, data=None, device=torch.device("cpu"), compile_net=False,
-             **changes) -> Run:
+             labels=LABELS, **changes) -> Run:
         values = dict(data="phantoms", data_crc32=0, steps=8, batch_size=4, accumulate=1,
                       learning_rate=1e-3, warmup_steps=2, lr_schedule="cosine", weight_decay=0.0,
-                      grad_clip=1.0, ema_decay=0.99, flip=True, seed=0, dtype="float32")
+                      grad_clip=1.0, ema_length=0.1, seed=0, dtype="float32",
+                      ema_short=0.05, augment=0.5)
         if data is None:
             images, names = phantom_slices(16, 0, 5)
             data = {"train": (images[:32], names[:32]), "validate": (images[32:], names[32:])}
         slices = {split: Slices(np.ascontiguousarray(images), names, device)
                   for split, (images, names) in data.items()}
-        return Run(tmp_path / name, unet, make_scheduler_config("cosine"),
+        unet = replace(unet, label_dim=labels.dim)
+        return Run(tmp_path / name, unet, make_scheduler_config("cosine"), labels,
                    TrainConfig(**{**values, **changes}), slices, device, compile_net)
     return make
 

@@ -16,6 +16,6 @@ def diffusers_net(config: UNetConfig) -> UNet2DModel:
         block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
         attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups,
         dropout=config.dropout,
-        num_class_embeds=config.num_class_embeds,
+        num_class_embeds=config.label_dim or None,
         down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
         up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]])

@@ -64,7 +64,7 @@ def difference(a: dict, b: dict) -> float:
 
 def test_two_processes_are_one_and_a_run_moves_between_them(data, tmp_path, command):
     """20 steps on two processes, to 24 on one, to 28 on two: as 28 on one, to 1e-6."""
-    steady = ["--lr-schedule", "constant", "--save-every", 10, "--keep", 9, "--flip",
+    steady = ["--lr-schedule", "constant", "--save-every", 10, "--keep", 9, "--augment", 0.5,
               "--block-out-channels", 64, 64]
     command(*steady, "--steps", 28, "--run", "one")
     together = [*TORCHRUN, *arguments(data, *steady)[1:]]
@@ -469,7 +469,7 @@ def test_bad_numbers_stop_the_run_before_a_weight_is_touched(make_run, what, def
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_float16_skips_overflows_and_continues_exactly(make_run, deferred):
-    how = dict(dtype="float16", lr_schedule="constant", batch_size=2, flip=False)
+    how = dict(dtype="float16", lr_schedule="constant", batch_size=2, augment=0.0)
     whole, parts = make_run("whole", steps=8, **how), make_run("parts", steps=4, **how)
     for run in (whole, parts):
         run.deferred = deferred

@@ -64,7 +64,7 @@ def run_on_card(make_run, monkeypatch):
 @pytest.mark.parametrize("free", [2**36, 0], ids=["set on the card", "set on the host"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_step_stays_on_the_card_and_the_host_never_waits(run_on_card, dtype, free):
-    run = run_on_card(free, dtype=dtype, accumulate=2, flip=True)
+    run = run_on_card(free, dtype=dtype, accumulate=2)
     assert run.data["train"].images.is_cuda == bool(free)
     run.train_step()  # tables go to the card once
     with NoWaiting():

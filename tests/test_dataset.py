@@ -1,5 +1,6 @@
 """Slices in, [-1, 1] out: layouts, padding, range, cache, batches, phantoms, and bad input."""
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 
 import dataset
-from dataset import (Slices, batch_indices, decode, draw_phantom, find_slices, fit, load_images,
-                     load_splits, person_of, phantom_slices, read_gray)
+from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, decode, draw_augmentations,
+                     draw_phantom, find_slices, fit, load_images, load_splits, person_of,
+                     phantom_slices, read_gray)
 from utils.cli import UserError
 from utils.files import to_uint8
 
@@ -234,8 +236,7 @@ def test_a_full_disk_is_no_reason_to_stop(counted, monkeypatch, capsys):
 def test_each_slice_knows_its_height_and_its_person():
     names = [f"case_00{person}_slice_{number}.png" for person in (1, 2) for number in (4, 2, 6)]
     slices = Slices(np.zeros((6, 2, 2), np.uint8), names, CPU)
-    assert slices.positions.dtype == np.float32
-    assert slices.positions.tolist() == [0.5, 0, 1] * 2
+    assert slices.numbers.tolist() == [4, 2, 6] * 2
     assert slices.people == ["case_001"] * 3 + ["case_002"] * 3
 
 
@@ -385,3 +386,51 @@ def test_phantoms_depend_on_person_and_position_alone():
     assert (one == draw_phantom(32, 3, 0.5)).all()
     assert (phantom_slices(32, 3, 1, 1)[0][0] == one).all()
     assert (one != draw_phantom(32, 4, 0.5)).any() and (one != draw_phantom(32, 3, 0.6)).any()
+
+
+# Augmentation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, back", {
+    "flip": lambda x, y: (-x, y),
+    "rotation": lambda x, y: (x * math.cos(math.radians(5)) - y * math.sin(math.radians(5)),
+                              x * math.sin(math.radians(5)) + y * math.cos(math.radians(5))),
+    "scale": lambda x, y: (x / 1.05, y / 1.05),
+    "aspect ratio": lambda x, y: (x / 1.025, y * 1.025),
+    "shift across": lambda x, y: (x + 0.04 * 88, y),
+    "shift down": lambda x, y: (x, y + 0.04 * 104),
+}.items())
+def test_augmentation_of_a_formula_is_the_formula_elsewhere(name, back):
+    """Each at its largest, of a smooth picture: its value at (x, y), in pixels from the middle, is
+    that of the original at back(x, y)."""
+    def picture(x, y):
+        return 0.5 * np.exp(-((x - 9) ** 2 + (y + 5) ** 2) / 300) + 0.3 * np.sin(x / 12 + y / 30)
+    y, x = np.mgrid[0:104, 0:88].astype(float)
+    x, y = x - 43.5, y - 51.5
+    parameters = torch.zeros(1, 6)
+    parameters[0, AUGMENTATIONS.index(name)] = 1
+    image, expected = (torch.from_numpy(picture(*at)).float()[None, None] for at in
+                       ((x, y), back(x, y)))
+    inner = (..., slice(12, -12), slice(12, -12))  # away from the black outside
+    assert (expected - image)[inner].abs().max() > 0.02
+    torch.testing.assert_close(augment(image, parameters)[inner], expected[inner],
+                               atol=2e-4, rtol=0)
+
+
+def test_augmentation_leaves_the_rest_alone_and_is_a_function_of_its_seed():
+    images = torch.rand(64, 1, 16, 12) * 2 - 1
+    first, second = (draw_augmentations(64, 0.2, torch.Generator().manual_seed(5)) for _ in "ab")
+    assert torch.equal(first, second) and (first.abs() <= 1).all()
+    untouched = ~first.any(1)
+    assert 5 < untouched.sum() < 40 and torch.equal(augment(images, first)[untouched],
+                                                    images[untouched])
+    many = draw_augmentations(20_000, 0.2, torch.Generator().manual_seed(0))
+    assert ((many != 0).float().mean(0) - 0.2).abs().max() < 0.01
+    assert many[:, 1:].mean(0).abs().max() < 0.01  # no direction is preferred
+
+
+def test_classes_come_from_cases_csv(data):
+    (data / "cases.csv").write_text("case,split,diagnosis\n1,train,mild dementia (CDR 1)\n"
+                                    "2,train,non-demented (CDR 0)\n3,train,\n")
+    split = dataset.load_splits(data, 16)["train"]
+    assert split.classes == ["CDR 1"] * 4 + ["CDR 0"] * 4 + [""] * 4

@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 import train as train_script
 from dataset import batch_indices, draw_phantom
-from modules import NoiseScheduler, make_scheduler_config
-from train import Run, finish, step_seed, stratified_timesteps, train
+from modules import HEIGHT_FREQUENCIES, LabelConfig, NoiseScheduler, make_scheduler_config
+from train import Run, draw_timesteps, finish, step_seed, train
 from utils.checkpoint import read_checkpoint
 from utils.cli import UserError
 
@@ -44,7 +44,8 @@ def test_overfits_eight_slices(make_run):
     images = np.stack([draw_phantom(16, i, (i + 0.5) / 8) for i in range(8)])
     unet = replace(TINY, dropout=0.0, block_out_channels=(64, 64))
     run = make_run(unet=unet, data={"train": (images, [str(i) for i in range(8)])}, steps=600,
-                   batch_size=16, learning_rate=2e-3, warmup_steps=50, flip=False)
+                   batch_size=16, learning_rate=2e-3, warmup_steps=50, augment=0.0,
+                   labels=LabelConfig())
     first = run.loss(0).item()
     while run.step < run.config.steps:
         run.train_step()
@@ -81,7 +82,8 @@ def test_gradient_equals_finite_differences(make_run):
 
 def test_accumulated_micro_batches_are_one_batch(make_run):
     """Mean of the micro-batches' gradients = gradient of the whole batch, of the same draws."""
-    run = make_run(unet=replace(TINY, dropout=0.0), batch_size=8, accumulate=2, flip=False)
+    run = make_run(unet=replace(TINY, dropout=0.0), batch_size=8, accumulate=2, augment=0.0,
+                   labels=LabelConfig())
     with torch.no_grad():
         run.net.conv_out.weight.normal_(std=0.1)
     pieces = []
@@ -98,7 +100,7 @@ def test_accumulated_micro_batches_are_one_batch(make_run):
 
     images = run.data["train"][batch_indices(32, 8, 0, 0)]
     torch.manual_seed(step_seed(0, 0))
-    timesteps = stratified_timesteps(8, 1000, torch.device("cpu"))
+    timesteps = draw_timesteps(8, run.timestep_cdf)
     noise = torch.randn(8, 1, 16, 16)
     x, t = (torch.cat(parts) for parts in zip(*pieces))
     assert torch.equal(t, timesteps) and [len(piece[0]) for piece in pieces] == [4, 4]
@@ -113,13 +115,42 @@ def test_accumulated_micro_batches_are_one_batch(make_run):
 
 
 def test_timesteps_are_uniform_and_stratified():
-    cpu = torch.device("cpu")
+    uniform = NoiseScheduler(make_scheduler_config("cosine")).timestep_cdf().float()
     for _ in range(20):
-        t = stratified_timesteps(10, 1000, cpu)
+        t = draw_timesteps(10, uniform)
         assert (t // 100).tolist() == list(range(10))
-    many = torch.cat([stratified_timesteps(7, 50, cpu) for _ in range(3000)])
+    uniform = NoiseScheduler(make_scheduler_config("cosine", 50)).timestep_cdf().float()
+    many = torch.cat([draw_timesteps(7, uniform) for _ in range(3000)])
     counts = torch.bincount(many, minlength=50).float()
     assert len(counts) == 50 and (counts / counts.mean() - 1).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "cosine-shifted", "linear"])
+def test_noise_levels_are_log_normal(schedule):
+    """Quantiles of ln sigma over many draws against those of the normal distribution."""
+    scheduler = NoiseScheduler(make_scheduler_config(schedule, sample_size=(208, 176)))
+    cdf = scheduler.timestep_cdf(-0.5, 0.8).float()
+    log_sigma = -0.5 * scheduler.alphas_cumprod.logit()
+    drawn = log_sigma[torch.cat([draw_timesteps(50, cdf) for _ in range(400)])]
+    points = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+    expected = -0.5 + 0.8 * torch.special.ndtri(points)
+    assert (drawn.quantile(points) - expected).abs().max() < 0.03
+
+
+def test_labels_are_dropped_at_their_rate_and_known_by_step(make_run):
+    labels = LabelConfig(height_range=(0, 7), classes=("a", "b"), augmentations=6)
+    run = make_run(labels=labels, batch_size=32, label_dropout=0.25, augment=0.3)
+    run.data["train"].classes = ["a", "b"] * 16
+    indices, vectors = np.arange(32), []
+    for step in range(100):
+        images, vector = run.label(run.data["train"][indices], indices, step, slice(0, 32))
+        vectors.append(vector)
+    again = run.label(run.data["train"][indices], indices, 99, slice(0, 32))
+    assert torch.equal(again[0], images) and torch.equal(again[1], vectors[-1])
+    height, name, geometry = torch.stack(vectors).split([HEIGHT_FREQUENCIES, 2, 6], dim=-1)
+    for part, rate in ((height, 0.25), (name, 0.25), (geometry[..., :1], 0.7)):
+        assert (part == 0).all(-1).float().mean() == pytest.approx(rate, abs=0.03)
+    assert set(map(tuple, name[:, 1].tolist())) == {(0, 0), (0, 1)}  # slice 1 is of class "b"
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(make_run):

@@ -1,10 +1,12 @@
 """The UNet against diffusers' UNet2DModel: same names, same outputs, same gradients."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from modules import EMA, UNet, UNetConfig
+from modules import EMA, LabelConfig, UNet, UNetConfig
 from references import diffusers_net
 from utils.cpu_kernels import GroupNorm, attend
 
@@ -15,8 +17,8 @@ CONFIGS = {
                                          attention_resolutions=(), layers_per_block=1),
     "odd ratios": UNetConfig(sample_size=(24, 24), block_out_channels=(32, 96, 160),
                              attention_resolutions=(12,), layers_per_block=3),
-    "class embedding": UNetConfig(sample_size=(16, 16), block_out_channels=(32, 64),
-                                  attention_resolutions=(8,), num_class_embeds=7),
+    "labels": UNetConfig(sample_size=(16, 16), block_out_channels=(32, 64),
+                         attention_resolutions=(8,), label_dim=7),
     "non-square": UNetConfig(sample_size=(52, 44), block_out_channels=(32, 64, 64),
                              attention_resolutions=(11,), layers_per_block=1),
     "groups of 8, one head": UNetConfig(sample_size=(16, 16), block_out_channels=(24, 48),
@@ -40,13 +42,17 @@ def test_equals_diffusers(name):
     config = CONFIGS[name]
     torch.manual_seed(0)
     ours, theirs = randomise(UNet(config)), diffusers_net(config)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
+    weights = ours.state_dict()
+    if config.label_dim:  # one-hot labels through a linear map are a table of its columns
+        weights["class_embedding.weight"] = weights["class_embedding.weight"].T
+    theirs.load_state_dict(weights, strict=True)
     x = torch.randn(3, 1, *config.sample_size)
     t = torch.tensor([0, 421, 999])
-    labels = None if config.num_class_embeds is None else torch.tensor([0, 3, 6])
+    labels = torch.tensor([0, 3, 6]) if config.label_dim else None
+    one_hot = F.one_hot(labels, 7) if config.label_dim else None
     weight = torch.randn_like(x)
 
-    out = ours(x, t, labels)
+    out = ours(x, t, one_hot)
     folded = theirs(F.pixel_unshuffle(x, config.patch_size), t, labels).sample
     expected = F.pixel_shuffle(folded, config.patch_size)
     assert out.std() > 0.1
@@ -56,7 +62,8 @@ def test_equals_diffusers(name):
     (expected * weight).mean().backward()
     gradients = dict(theirs.named_parameters())
     for key, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-5, atol=1e-5)
+        expected = gradients[key].grad.T if key.startswith("class") else gradients[key].grad
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_channels_last_and_compute_type_change_little():
@@ -134,40 +141,100 @@ def test_size_that_cannot_be_halved_is_named(height, width):
     (dict(sample_size=(30, 30)), "30x30"),
     (dict(block_out_channels=(48, 64)), "block_out_channels: 48"),
     (dict(attention_resolutions=(15,)), "attention_resolutions: no level has a side of 15"),
+    (dict(dropout=(0.1, 0.2)), "dropout: 2 values for 3 levels"),
 ])
 def test_bad_configs_name_the_field(values, words):
     with pytest.raises(ValueError, match=words):
         UNetConfig(**values)
 
 
-def test_labels_and_num_class_embeds_go_together():
-    x, t = torch.zeros(1, 1, 32, 32), torch.tensor([3])
-    with pytest.raises(ValueError, match="class_labels"):
-        UNet(CONFIGS["attention"])(x, t, torch.tensor([1]))
-    with pytest.raises(ValueError, match="class_labels"):
-        UNet(CONFIGS["class embedding"])(x[..., :16, :16], t)
+def test_labels_of_zeros_are_no_labels():
+    net = randomise(UNet(CONFIGS["labels"]))
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([3, 700])
+    assert torch.equal(net(x, t), net(x, t, torch.zeros(2, 7)))
+    assert not torch.allclose(net(x, t), net(x, t, torch.eye(7)[:2]))
 
 
-def test_ema_follows_its_closed_form():
-    """With weights that step from 0 to 1, the average is 1 - the product of the decays."""
-    net = torch.nn.Linear(1, 1, bias=False)
+def test_the_final_convolution_sees_across_the_borders_of_patches():
+    """Without it, no output pixel depends on the pixels of a coarse position's neighbours' outputs:
+    a unit change at one place of conv_out's map must reach pixels outside its own 4x4 block."""
+    config = UNetConfig(sample_size=(32, 32), block_out_channels=(32, 32), patch_size=4,
+                        attention_resolutions=(), final_channels=4)
+    net, changed = randomise(UNet(config)), []
+    for bump in (0.0, 1.0):
+        handle = net.conv_out.register_forward_hook(
+            lambda module, inputs, out: out.index_put((*map(torch.tensor, (0, 0, 3, 3)),),
+                                                      torch.tensor(5.0 * bump), accumulate=True))
+        changed.append(net(torch.zeros(1, 1, 32, 32), torch.tensor([5])))
+        handle.remove()
+    rows, columns = torch.nonzero((changed[0] != changed[1])[0, 0], as_tuple=True)
+    assert (rows.min(), rows.max()) == (11, 13) and (columns.min(), columns.max()) == (11, 13)
+
+
+def test_dropout_by_level():
+    config = UNetConfig(sample_size=(32, 32), block_out_channels=(32, 32), dropout=(0.0, 0.3),
+                        attention_resolutions=())
+    net = UNet(config)
+    chances = {name: m.p for name, m in net.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert {p for name, p in chances.items() if "blocks.0" in name and "down" in name} == {0.0}
+    assert {p for name, p in chances.items() if name.startswith("up_blocks.0")} == {0.3}
+    assert {p for name, p in chances.items() if name.startswith("mid")} == {0.3}
+
+
+# Labels ----------------------------------------------------------------------------------------
+
+
+def test_labels_are_sums_of_parts_that_can_each_be_left_out():
+    labels = LabelConfig(height_range=(0, 31), classes=("CDR 0", "CDR 1"), augmentations=3)
+    nothing, height, name = torch.tensor([math.nan]), torch.tensor([0.3]), torch.tensor([1])
+    both = labels.encode(height, name)
+    assert both.shape == (1, labels.dim) and torch.equal(
+        both, labels.encode(height, -name) + labels.encode(nothing, name))
+    assert torch.equal(labels.encode(nothing, -name), torch.zeros(1, labels.dim))
+    assert LabelConfig().encode(height, name) is None
+
+
+def test_heights_are_told_apart_and_neighbours_are_alike():
+    labels = LabelConfig(height_range=(0, 31))
+    vectors = labels.encode(torch.arange(32) / 31, torch.full((32,), -1))
+    distances = torch.cdist(vectors, vectors)
+    assert distances[~torch.eye(32, dtype=bool)].min() > 0.5
+    assert all(distances[i].topk(3, largest=False).indices.sort().values.tolist()
+               == [i - 1, i, i + 1] for i in range(2, 30))
+
+
+def test_seeds_have_heights_of_their_own_evenly_distributed():
+    labels = LabelConfig(height_range=(0, 31))
+    vectors = labels.for_seeds(list(range(2000)))
+    assert torch.equal(vectors[7:9], labels.for_seeds([7, 8]))
+    heights = torch.acos(vectors[:, 1].clamp(-1, 1)) / math.pi
+    assert ((heights * 10).long().bincount(minlength=10).float() / 200 - 1).abs().max() < 0.25
+
+
+# EMA -------------------------------------------------------------------------------------------
+
+
+def test_ema_has_the_profile_of_its_length():
+    """The weights that an average gives to each step have, relative to the steps so far, the
+    standard deviation that was asked for (Karras et al. 2024, eq. 2 and 3)."""
+    for length in (0.05, 0.1, 0.25):
+        net, steps = torch.nn.Linear(1, 400, bias=False), 400
+        ema, weights = EMA(net, length), torch.eye(400)
+        for n in range(steps):
+            net.weight.data = weights[:, n:n + 1]
+            ema.update(net)
+        profile = ema.net.weight[:, 0].double()
+        places = (torch.arange(steps) + 0.5) / steps
+        mean = (profile * places).sum()
+        spread = (profile * (places - mean) ** 2).sum().sqrt()
+        assert profile.sum() == pytest.approx(1, abs=1e-5)
+        assert spread.item() == pytest.approx(length, rel=0.02)
+
+
+def test_ema_copies_buffers():
+    net = torch.nn.Linear(1, 1)
     net.register_buffer("count", torch.tensor(0))
-    torch.nn.init.zeros_(net.weight)
-    ema, left = EMA(net, decay=0.9), 1.0
-    torch.nn.init.ones_(net.weight)
-    for n in range(1, 201):
-        net.count.add_(1)
-        ema.update(net)
-        left *= min(0.9, (1 + n) / (10 + n))
-        assert ema.net.weight.item() == pytest.approx(1 - left, abs=1e-5)
-    assert ema.net.count == 200  # copied: an averaged count would lag behind
-
-
-def test_ema_of_a_short_run_forgets_the_initial_net():
-    net = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(net.weight)
-    ema = EMA(net, decay=0.9999)
-    torch.nn.init.ones_(net.weight)
-    for _ in range(300):
-        ema.update(net)
-    assert ema.net.weight.item() > 0.999
+    ema = EMA(net)
+    net.count.add_(3)
+    ema.update(net)
+    assert ema.net.count == 3  # an averaged count would lag behind
