@@ -119,8 +119,8 @@ def test_attention_for_training_equals_the_fused_kernel(positions):
 
 
 def test_starts_as_a_prediction_of_zero():
-    net = UNet(CONFIGS["class embedding"])
-    out = net(torch.randn(2, 1, 16, 16), torch.tensor([1, 2]), torch.tensor([1, 2]))
+    net = UNet(CONFIGS["labels"])
+    out = net(torch.randn(2, 1, 16, 16), torch.tensor([1, 2]), torch.randn(2, 7))
     assert torch.count_nonzero(out) == 0
 
 
