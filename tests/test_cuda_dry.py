@@ -30,7 +30,8 @@ def move(module, function, recurse=True):
     """`nn.Module._apply`, which cannot put tensors without numbers in others' place."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            part._parameters[name] = torch.nn.Parameter(function(parameter.detach()))
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(function(parameter.detach()))
     return module
 
 
