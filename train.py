@@ -83,9 +83,10 @@ class TrainConfig:
     lr_schedule: str
     weight_decay: float
     grad_clip: float
-    ema_length: float
     seed: int
     dtype: str
+    # Every field that is added gets a default, with which older checkpoints are completed.
+    ema_length: float = 0.09
     ema_short: float = 0.0
     noise_distribution: str = "uniform"
     p_mean: float = -1.2
@@ -97,7 +98,8 @@ class TrainConfig:
 # Grounds for the numbers: README, "Training". Every preset folds 2x2 pixel blocks, so that the
 # finest level of the 64-pixel net works at 32x32, the size of the CIFAR nets of Ho et al.
 COMMON = dict(attention_up_to=16, dropout=[0.0], patch_size=2, final_channels=0, schedule="cosine",
-              noise_distribution="uniform", augment=0.0, condition=["height", "class"])
+              noise_distribution="uniform", augment=0.0, condition=["height", "class"],
+              ema_short=0.0)
 PRESETS = {
     "quick": COMMON | dict(
         image_size=48, block_out_channels=[32, 64, 96], layers_per_block=1, attention_up_to=6,
@@ -107,8 +109,8 @@ PRESETS = {
         batch_size=16, steps=16_000, learning_rate=5e-4, save_every=750),
     "native": COMMON | dict(
         image_size="native", block_out_channels=[64, 96, 128], layers_per_block=1, patch_size=4,
-        final_channels=8, schedule="cosine-shifted", noise_distribution="log-normal", augment=0.1,
-        batch_size=16, steps=6_000, learning_rate=1e-3, save_every=500),
+        final_channels=4, schedule="cosine-shifted", noise_distribution="log-normal", augment=0.1,
+        ema_short=0.05, batch_size=8, steps=12_500, learning_rate=8e-4, save_every=1250),
     "128": COMMON | dict(
         image_size=128, block_out_channels=[64, 128, 192, 256], layers_per_block=2,
         dropout=[0.1], batch_size=32, steps=60_000, learning_rate=3e-4, save_every=2000),
@@ -152,7 +154,7 @@ OPTIONS = {
         ("weight-decay", "AdamW's weight decay, per step and unit of learning rate", 0.0, fraction),
         ("grad-clip", "largest gradient norm", 1.0, positive_float),
         ("ema-length", "length of the EMA, as a fraction of the training so far", 0.09, ema_length),
-        ("ema-short", "length of a second, shorter EMA (0: none)", 0.0, fraction),
+        ("ema-short", "length of a second, shorter EMA (0: none)", None, fraction),
     ],
     "diffusion and net": [
         ("schedule", "noise schedule; cosine-shifted is shifted for the image size", None,

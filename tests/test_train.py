@@ -242,6 +242,25 @@ def test_another_configuration_is_refused_with_the_differences(make_run):
     make_run(steps=100).resume()
 
 
+def test_a_checkpoint_from_before_an_option_continues(make_run):
+    """What it lacks counts as the default, and what no longer exists is ignored."""
+    run = make_run(ema_length=0.09, augment=0.0, ema_short=0.0)
+    run.step = 3
+    run.save()
+    content = torch.load(run.checkpoint, weights_only=True)
+    for part, names in (("train", ("ema_length", "augment", "p_mean")), ("unet", ("final_channels",)),
+                        ("scheduler", ("log_snr_shift",))):
+        for name in names:
+            del content[part][name]
+    content["train"]["flip"] = False
+    torch.save(content, run.checkpoint)
+    again = make_run(ema_length=0.09, augment=0.0, ema_short=0.0)
+    again.resume()
+    assert again.step == 3
+    with pytest.raises(UserError, match="train.augment = 0.0, now 0.5"):
+        make_run(ema_length=0.09, augment=0.5, ema_short=0.0).resume()
+
+
 def test_run_folder(make_run):
     run = make_run()
     run.data["test"] = run.data["validate"]
