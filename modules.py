@@ -1,7 +1,8 @@
 """The network and the diffusion: a UNet that predicts noise, and the process it inverts.
 
 Read top to bottom like the paper: `UNet` (Ho et al. 2020, section 4 and appendix B), then
-`NoiseScheduler` (forward process, eq. 4; reverse process, eq. 7; DDIM, Song et al. 2021), then
+`NoiseScheduler` (forward process, eq. 4), then the reverse process: `noise_levels`, `Denoiser`
+and the samplers (Ho et al., eq. 7; Song et al. 2021; Lu et al. 2022; Karras et al. 2022), then
 `EMA`. Tensor names and arithmetic are those of diffusers' `UNet2DModel`, and the scheduler's
 config keys those of its `DDPMScheduler`, so that a model trained here opens there.
 
@@ -15,6 +16,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -391,11 +394,9 @@ class SchedulerConfig:
         2024, algorithm 1).
     prediction_type: what the net predicts: "epsilon", "v_prediction" (Salimans & Ho 2022,
         appendix D) or "sample".
-    variance_type: of the ancestral step: "fixed_small" (posterior variance, right for a fixed
-        image) or "fixed_large" (beta_t, right for white noise); Ho et al., section 3.2.
     clip_sample: clip the predicted clean image to [-1, 1] at every reverse step.
-    timestep_spacing: "trailing" is what `NoiseScheduler.timesteps` does; the key is here so that
-        diffusers does it too.
+    variance_type, timestep_spacing: for diffusers alone: the variance of `ddpm` (Ho et al.,
+        section 3.2, that of the posterior) and one of our spacings.
 
     Raises ValueError for values that make no diffusion, naming the field.
     """
@@ -415,7 +416,7 @@ class SchedulerConfig:
         choices = {
             "beta_schedule": ("linear", "squaredcos_cap_v2"),
             "prediction_type": ("epsilon", "v_prediction", "sample"),
-            "variance_type": ("fixed_small", "fixed_large"),
+            "variance_type": ("fixed_small",),
             "timestep_spacing": ("trailing",),
         }
         for name, allowed in choices.items():
@@ -478,8 +479,26 @@ def betas_of(alphas_cumprod: Tensor) -> Tensor:
     return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
 
 
+class NoiseLevel(NamedTuple):
+    """How much signal and noise x_t holds: x_t = signal * x_0 + noise * epsilon."""
+
+    timestep: float  # from -1 (the clean image) to T - 1; may lie between the table's timesteps
+    signal: float  # sqrt(alpha-bar)
+    noise: float  # sqrt(1 - alpha-bar)
+
+    @property
+    def sigma(self) -> float:
+        """Noise over signal: the noise level of Karras et al. 2022; infinite without signal."""
+        return self.noise / self.signal if self.signal else math.inf
+
+    @property
+    def half_log_snr(self) -> float:
+        """The lambda of Lu et al. 2022; not for the clean image, where it is infinite."""
+        return -math.log(self.sigma)
+
+
 class NoiseScheduler:
-    """Forward and reverse process over a fixed table of noise levels.
+    """The forward process: a fixed table of noise levels, and the levels between them.
 
     The tables (`betas`, `alphas_cumprod`, (T,), on the CPU) are float64, never changed, and
     never cast to an image's type: in bfloat16, the first alphas_cumprod would round to 1 and
@@ -491,8 +510,21 @@ class NoiseScheduler:
         self.betas = make_betas(config)
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        # Between timesteps, the angle phi = arctan(sigma) of Salimans & Ho 2022, appendix D, is
+        # interpolated: it is finite without noise and without signal, and linear in the cosine
+        # schedule.
+        self._timesteps = np.arange(-1, config.num_train_timesteps)
+        alpha_bar = np.append(1.0, self.alphas_cumprod.numpy())
+        self._angles = np.arctan2(np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar))
 
-    # Forward process ---------------------------------------------------------------------
+    def level(self, timestep: float) -> NoiseLevel:
+        """The noise level at a timestep from -1 to T - 1, whole or not."""
+        angle = float(np.interp(timestep, self._timesteps, self._angles))
+        return NoiseLevel(timestep, math.sin(math.pi / 2 - angle), math.sin(angle))
+
+    def level_of_sigma(self, sigma: float) -> NoiseLevel:
+        """The noise level whose noise over signal is `sigma`, or the table's end nearest to it."""
+        return self.level(float(np.interp(math.atan(sigma), self._angles, self._timesteps)))
 
     def _signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha-bar) and sqrt(1 - alpha-bar) at (B,) timesteps, as float32 (B, 1, 1, 1)."""
@@ -513,7 +545,7 @@ class NoiseScheduler:
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor
                         ) -> Tensor:
-        """What the net should say at (B,) timesteps, float32 (B, C, H, W): `prediction_type`."""
+        """What the net predicts at (B,) timesteps, float32 (B, C, H, W): `prediction_type`."""
         if self.config.prediction_type == "epsilon":
             return noise.float()
         if self.config.prediction_type == "sample":
@@ -538,94 +570,84 @@ class NoiseScheduler:
         cdf = torch.special.ndtr((edges - p_mean) / p_std)
         return cdf[1:]
 
-    # Reverse process ---------------------------------------------------------------------
 
-    def timesteps(self, num_inference_steps: int) -> list[int]:
-        """A falling sub-sequence of `num_inference_steps` timesteps that starts at T - 1.
+# ---------------------------------------------------------------------------------------------
+# Sampling: noise levels, the denoiser, samplers
+# ---------------------------------------------------------------------------------------------
 
-        Evenly spaced from the noisy end ("trailing", Lin et al. 2024, table 2), because sampling
-        starts from pure noise and the net must be told so.
-
-        Raises ValueError unless 1 <= num_inference_steps <= T.
-        """
-        total = self.config.num_train_timesteps
-        if not 1 <= num_inference_steps <= total:
-            raise ValueError(f"num_inference_steps must be 1 to {total}, the number of steps "
-                             f"in training, not {num_inference_steps}")
-        return [round(total - i * total / num_inference_steps) - 1
-                for i in range(num_inference_steps)]
-
-    def _alpha_bar(self, timestep: int) -> float:
-        """alphas_cumprod[timestep]; 1, the clean image, for the timestep -1."""
-        return 1.0 if timestep < 0 else self.alphas_cumprod[timestep].item()
-
-    def predict_clean(self, model_output: Tensor, timestep: int, sample: Tensor
-                      ) -> tuple[Tensor, Tensor]:
-        """The clean image and the noise that the net's output at `timestep` stands for.
-
-        `sample` is x_t, (B, C, H, W). Where the image is clipped, the noise is made to fit it.
-        Salimans & Ho 2022, section 4 and appendix D.
-        """
-        alpha_bar = self._alpha_bar(timestep)
-        signal, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-        output = model_output.float()
-        if self.config.prediction_type == "epsilon":
-            clean = (sample - sigma * output) / signal
-        elif self.config.prediction_type == "sample":
-            clean = output
-        else:
-            clean = signal * sample - sigma * output
-        if self.config.clip_sample:
-            clean = clean.clamp(-1, 1)
-        return clean, (sample - signal * clean) / sigma
-
-    def ddpm_step(self, model_output: Tensor, timestep: int, prev_timestep: int, sample: Tensor,
-                  noise: Tensor) -> Tensor:
-        """Ancestral step x_t -> x_prev, Ho et al. eq. 6 and 7, over any gap between the two.
-
-        `sample` and unit `noise`: float32 (B, C, H, W); `prev_timestep` is -1 for the last step,
-        which adds no noise (Ho et al., algorithm 2).
-        """
-        clean, _ = self.predict_clean(model_output, timestep, sample)
-        alpha_bar, alpha_bar_prev = self._alpha_bar(timestep), self._alpha_bar(prev_timestep)
-        alpha = alpha_bar / alpha_bar_prev
-        beta = 1 - alpha
-        mean = (math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * clean
-                + math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar) * sample)
-        if prev_timestep < 0:
-            return mean
-        variance = beta
-        if self.config.variance_type == "fixed_small":
-            variance *= (1 - alpha_bar_prev) / (1 - alpha_bar)
-        return mean + math.sqrt(variance) * noise
-
-    def ddim_step(self, model_output: Tensor, timestep: int, prev_timestep: int, sample: Tensor,
-                  noise: Tensor | None = None, eta: float = 0.0) -> Tensor:
-        """Step x_t -> x_prev of Song et al. 2021, eq. 12, with sigma of eq. 16 times `eta`.
-
-        eta 0 is deterministic and needs no noise; 1 is as random as the ancestral step with the
-        small variance. Shapes as in `ddpm_step`.
-        """
-        clean, epsilon = self.predict_clean(model_output, timestep, sample)
-        alpha_bar, alpha_bar_prev = self._alpha_bar(timestep), self._alpha_bar(prev_timestep)
-        variance = (eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar)
-                    * (1 - alpha_bar / alpha_bar_prev))
-        direction = math.sqrt(max(1 - alpha_bar_prev - variance, 0.0))
-        previous = math.sqrt(alpha_bar_prev) * clean + direction * epsilon
-        return previous if variance == 0 else previous + math.sqrt(variance) * noise
+SPACINGS = ("karras", "logsnr", "trailing")
 
 
-SAMPLERS = ("ddim", "ddpm")
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How to sample: one of `SAMPLERS`, its number of steps and where its noise levels lie.
 
+    spacing: "karras": even in sigma^(1 / rho) from sigma_max to sigma_min (Karras et al. 2022,
+        eq. 5); "logsnr": even in the logarithm of sigma; "trailing": every T / steps-th timestep
+        of training, from T - 1 down (Lin et al. 2024, table 2).
+    sigma_min, sigma_max: limited to what the net was trained with, where sigma is finite.
+    eta: randomness of ddim and dpmpp, 0 (none) to 1 (as ddpm).
+    churn: S_churn of heun, the noise added and removed again over all steps.
 
-def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    """A source of unit noise in which image i depends on seeds[i] alone.
-
-    Each call returns the next float32 (len(seeds), *shape). Drawn on the CPU, so that a seed
-    means the same noise on every device; torch's generator there heeds the low 32 bits alone.
+    Raises ValueError for values that do not go together, starting with the field's name.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+    sampler: str = "dpmpp"
+    steps: int = 20
+    spacing: str = "karras"
+    rho: float = 7.0
+    sigma_min: float = 0.02
+    sigma_max: float = 500.0
+    eta: float = 0.0
+    churn: float = 0.0
+
+    def __post_init__(self):
+        for name, allowed in (("sampler", tuple(SAMPLERS)), ("spacing", SPACINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {list(allowed)}")
+        checks = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "rho": (0 < self.rho < math.inf, "above 0"),
+            "sigma_min": (0 <= self.sigma_min < self.sigma_max, "from 0 to below sigma_max"),
+            "eta": (0 <= self.eta <= 1, "from 0 to 1"),
+            "churn": (self.churn >= 0, "0 or above"),
+        }
+        for name, (good, words) in checks.items():
+            if not good:
+                raise ValueError(f"{name}: must be {words}, not {getattr(self, name)}")
+        for name in ("eta", "churn"):
+            if getattr(self, name) and name not in SAMPLER_OPTIONS[self.sampler]:
+                owners = [key for key, options in SAMPLER_OPTIONS.items() if name in options]
+                raise ValueError(f"{name}: {self.sampler} has none; leave it out or take "
+                                 + " or ".join(owners))
+
+
+def noise_levels(scheduler: NoiseScheduler, config: SamplerConfig) -> list[NoiseLevel]:
+    """The `steps` falling noise levels at which the net is called, then the clean image.
+
+    Raises ValueError for more trailing steps than T, or an empty range of sigma.
+    """
+    total, steps, rho = scheduler.config.num_train_timesteps, config.steps, config.rho
+    if config.spacing == "trailing":
+        if steps > total:
+            raise ValueError(f"steps: {steps} trailing steps, but training had {total}; give no "
+                             "more, or another spacing")
+        timesteps = [round(total - i * total / steps) - 1 for i in range(steps)]
+        return [scheduler.level(timestep) for timestep in [*timesteps, -1]]
+
+    first, last = scheduler.level(0).sigma, scheduler.level(total - 1).sigma
+    if math.isinf(last):
+        last = scheduler.level(total - 2).sigma
+    low, high = max(config.sigma_min, first), min(config.sigma_max, last)
+    if low >= high:
+        raise ValueError(f"sigma_min: must be below sigma_max, within the {first:.3g} to "
+                         f"{last:.5g} of training")
+    ramp = np.linspace(0, 1, steps)
+    if config.spacing == "karras":
+        sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    else:
+        sigmas = high * (low / high) ** ramp
+    return [*map(scheduler.level_of_sigma, sigmas), scheduler.level(-1)]
 
 
 def run_net(net: Callable, sample: Tensor, timesteps: Tensor, dtype: torch.dtype,
@@ -639,32 +661,209 @@ def run_net(net: Callable, sample: Tensor, timesteps: Tensor, dtype: torch.dtype
                    *([] if labels is None else [labels])).float()
 
 
-@torch.inference_mode()
-def reverse_process(net: Callable[[Tensor, Tensor], Tensor], scheduler: NoiseScheduler,
-                    noise: Callable[[], Tensor], num_inference_steps: int, sampler: str = "ddim",
-                    eta: float = 0.0, device: torch.device | str = "cpu",
-                    dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-    """From noise to images: yields x_{T-1}, then the state after each step, the image last.
+class Denoiser:
+    """Predicts the clean image and the noise in x_t: the one thing that samplers call.
 
-    net: the denoiser, (B, C, H, W) and (B,) timesteps -> (B, C, H, W).
-    noise: source of unit noise (B, C, H, W), called for the start and for each random step.
-    dtype: what the net computes in.
-    Each state is a float32 (B, C, H, W) on `device`; the last lies in [-1, 1] if clipped.
-    Ho et al., algorithm 2 ("ddpm"); Song et al., eq. 12 ("ddim").
+    net, guide: (B, C, H, W), (B,) float timesteps and, if `labels` is set, label vectors (B, dim)
+        -> (B, C, H, W), in the scheduler's `prediction_type`.
+    guidance: w in D = D_guide + w (D_net - D_guide), so 1 is none. The guide is a weaker model
+        (Karras et al. 2024) or, for None, the net itself without its labels (Ho & Salimans 2022).
+    guidance_interval: lowest and highest sigma with guidance (Kynkäänniemi et al. 2024).
+    epsilon_scale: divides the predicted noise (Ning et al. 2024); above 1 sharpens.
+    clip: whether to clip x_0 to [-1, 1]; None for the scheduler's `clip_sample`.
+    dtype: the type that the nets compute in.
+
+    labels: what the images are conditioned on, set for each batch; None for nothing.
+    `calls` counts the calls of net and guide so far.
     """
-    sample = noise().to(device)
-    yield sample
-    timesteps = scheduler.timesteps(num_inference_steps)
-    for timestep, prev in zip(timesteps, timesteps[1:] + [-1]):
-        steps = torch.full((len(sample),), timestep, device=device)
-        output = run_net(net, sample, steps, dtype)
-        random = sampler == "ddpm" or eta > 0
-        fresh = noise().to(device) if random and prev >= 0 else None
-        if sampler == "ddpm":
-            sample = scheduler.ddpm_step(output, timestep, prev, sample, fresh)
-        else:
-            sample = scheduler.ddim_step(output, timestep, prev, sample, fresh, eta)
-        yield sample
+
+    def __init__(self, net: Callable[[Tensor, Tensor], Tensor], scheduler: NoiseScheduler,
+                 guide: Callable[[Tensor, Tensor], Tensor] | None = None, guidance: float = 1.0,
+                 guidance_interval: tuple[float, float] = (0.0, math.inf),
+                 epsilon_scale: float = 1.0, clip: bool | None = None,
+                 dtype: torch.dtype = torch.float32):
+        self.net, self.scheduler, self.dtype = net, scheduler, dtype
+        self.guide, self.guidance, self.guidance_interval = guide, guidance, guidance_interval
+        self.epsilon_scale = epsilon_scale
+        self.clip = scheduler.config.clip_sample if clip is None else clip
+        self.labels: Tensor | None = None
+        self.calls = 0
+
+    def _predict(self, net: Callable, x: Tensor, level: NoiseLevel, labels: Tensor | None
+                 ) -> Tensor:
+        self.calls += 1
+        timesteps = torch.full((len(x),), level.timestep, dtype=torch.float32, device=x.device)
+        return run_net(net, x, timesteps, self.dtype, labels)
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """x_0 and epsilon predicted from x_t, both float32 (B, C, H, W): x_t holds just these two.
+
+        Where x_0 is clipped, epsilon is made to fit it.
+        """
+        output = self._predict(self.net, x, level, self.labels)
+        low, high = self.guidance_interval
+        if self.guidance != 1 and low <= level.sigma <= high:
+            # Of any prediction type: given x_t, each is linear in the others, and the weights
+            # w and 1 - w sum to 1.
+            nothing = None if self.labels is None else torch.zeros_like(self.labels)
+            weak = self._predict(self.guide or self.net, x, level,
+                                 self.labels if self.guide else nothing)
+            output = weak + self.guidance * (output - weak)
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "epsilon":
+            clean = (x - level.noise * output) / level.signal
+        elif prediction_type == "sample":
+            clean = output
+        else:  # Salimans & Ho 2022, appendix D
+            clean = level.signal * x - level.noise * output
+        if self.epsilon_scale != 1:
+            epsilon = (x - level.signal * clean) / (level.noise * self.epsilon_scale)
+            clean = (x - level.noise * epsilon) / level.signal
+        if self.clip:
+            clean = clean.clamp(-1, 1)
+        return clean, (x - level.signal * clean) / level.noise
+
+
+# A sampler walks from pure noise `x` down any list of noise levels to the clean image at its end.
+# It yields each x_t with the x_0 predicted from it, and last the image, twice. `draw` returns unit
+# noise of x's shape.
+
+
+def ddpm(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[[], Tensor]):
+    """Ancestral sampling, Ho et al. 2020, algorithm 2, over any gap: eq. 7 with alpha_t of the gap.
+
+    With the variance of eq. 7, that of the true posterior.
+    """
+    for now, then in pairwise(levels):
+        clean, _ = denoise(x, now)
+        yield x, clean
+        alpha = (now.signal / then.signal) ** 2
+        beta = 1 - alpha
+        mean = (then.signal * beta * clean + math.sqrt(alpha) * then.noise**2 * x) / now.noise**2
+        variance = (then.noise / now.noise) ** 2 * beta
+        x = mean + math.sqrt(variance) * draw() if variance else mean
+    yield x, x
+
+
+def implicit_step(x: Tensor, clean: Tensor, now: NoiseLevel, then: NoiseLevel, eta: float,
+                  draw: Callable[[], Tensor]) -> Tensor:
+    """Song et al. 2021, eq. 12, for a predicted x_0, with eta times the sigma of eq. 16."""
+    epsilon = (x - now.signal * clean) / now.noise
+    variance = (eta * then.noise / now.noise) ** 2 * (1 - (now.signal / then.signal) ** 2)
+    x = then.signal * clean + math.sqrt(then.noise**2 - variance) * epsilon
+    return x + math.sqrt(variance) * draw() if variance else x
+
+
+def ddim(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[[], Tensor],
+         eta: float = 0.0):
+    """DDIM, Song et al. 2021, section 4.1: deterministic for eta 0, and `ddpm` for eta 1."""
+    for now, then in pairwise(levels):
+        clean, _ = denoise(x, now)
+        yield x, clean
+        x = implicit_step(x, clean, now, then, eta, draw)
+    yield x, x
+
+
+def dpmpp(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[[], Tensor],
+          eta: float = 0.0):
+    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2; for eta 1, SDE-DPM-Solver++(2M) there.
+
+    Written as DDIM with x_0 extrapolated, in lambda, to the middle of the step. The first and the
+    last step, where one end has no finite lambda, are of first order.
+    """
+    before = clean_before = None
+    for now, then in pairwise(levels):
+        clean, _ = denoise(x, now)
+        yield x, clean
+        middle = clean
+        if before and then.noise:
+            step, step_before = (end.half_log_snr - start.half_log_snr
+                                 for start, end in ((now, then), (before, now)))
+            middle = clean + step / (2 * step_before) * (clean - clean_before)
+        x = implicit_step(x, middle, now, then, eta, draw)
+        before, clean_before = now, clean
+    yield x, x
+
+
+def heun(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[[], Tensor],
+         churn: float = 0.0):
+    """Karras et al. 2022, algorithm 2 (algorithm 1 with churn 0); S_tmin 0, S_tmax inf, S_noise 1.
+
+    Two calls a step, one in the last. The paper's x is x_t / signal, and its d is epsilon.
+    """
+    gamma = min(churn / (len(levels) - 1), math.sqrt(2) - 1)
+    for now, then in pairwise(levels):
+        if gamma and now.signal:
+            hotter = denoise.scheduler.level_of_sigma((1 + gamma) * now.sigma)
+            added = math.sqrt(max(hotter.sigma**2 - now.sigma**2, 0))
+            x = hotter.signal * (x / now.signal + added * draw())
+            now = hotter
+        clean, epsilon = denoise(x, now)
+        yield x, clean
+        x = then.signal * clean + then.noise * epsilon  # Euler's step
+        if then.noise and now.signal:
+            _, next_epsilon = denoise(x, then)
+            x = x + then.signal * (then.sigma - now.sigma) / 2 * (next_epsilon - epsilon)
+    yield x, x
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "heun": heun}
+SAMPLER_OPTIONS = {"ddpm": (), "ddim": ("eta",), "dpmpp": ("eta",), "heun": ("churn",)}
+DEFAULT_STEPS = {"ddpm": 250, "ddim": 50, "dpmpp": 20, "heun": 20}
+QUALITY = {
+    "fast": SamplerConfig("dpmpp", 10),
+    "default": SamplerConfig("dpmpp", 20),
+    "best": SamplerConfig("dpmpp", 30),
+}
+
+
+def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """A source of unit noise in which image i depends on seeds[i] alone.
+
+    Each call returns the next float32 (len(seeds), *shape). Drawn on the CPU, so that a seed
+    means the same noise on every device; torch's generator there heeds the low 32 bits alone.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+@torch.inference_mode()
+def reverse_process(denoise: Denoiser, noise: Callable[[], Tensor],
+                    config: SamplerConfig, device: torch.device | str = "cpu"
+                    ) -> Iterator[tuple[Tensor, Tensor]]:
+    """From noise to images: yields each x_t with its predicted x_0, and last the image twice.
+
+    noise: source of unit noise (B, C, H, W), called for the start and for each random step.
+    Yields `steps` + 1 pairs of float32 (B, C, H, W) on `device`.
+    """
+    def draw() -> Tensor:
+        return noise().to(device)
+
+    levels = noise_levels(denoise.scheduler, config)
+    options = {name: getattr(config, name) for name in SAMPLER_OPTIONS[config.sampler]}
+    yield from SAMPLERS[config.sampler](denoise, draw(), levels, draw, **options)
+
+
+def sample(denoise: Denoiser, seeds: list[int], shape: tuple[int, int, int],
+           config: SamplerConfig, batch_size: int = 16, device: torch.device | str = "cpu",
+           watch: Callable[[Tensor, Tensor], None] | None = None,
+           labels: Callable[[list[int]], Tensor | None] = lambda seeds: None) -> Iterator[Tensor]:
+    """Images of the seeds, `batch_size` at a time: yields (B, *shape) in [-1, 1] on `device`.
+
+    labels: seeds -> label vectors (B, dim), such as `LabelConfig.for_seeds`.
+    watch: is called with every pair that `reverse_process` yields.
+    """
+    for start in range(0, len(seeds), batch_size):
+        batch = seeds[start:start + batch_size]
+        # A short batch is filled up with its last seed: the kernels that the hardware picks, and
+        # with them the last bits of an image, depend on the batch's size.
+        filled = batch + batch[-1:] * (batch_size - len(batch))
+        told = labels(filled)
+        denoise.labels = None if told is None else told.to(device)
+        for x, clean in reverse_process(denoise, seeded_noise(filled, shape), config, device):
+            if watch:
+                watch(x[:len(batch)], clean[:len(batch)])
+        yield x[:len(batch)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -42,8 +42,9 @@ from tqdm import tqdm
 
 from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augmentations, load_splits,
                      moved)
-from modules import (EMA, SCHEDULES, LabelConfig, NoiseScheduler, SchedulerConfig, UNet, UNetConfig,
-                     make_scheduler_config, reverse_process, run_net, seeded_noise)
+from modules import (EMA, QUALITY, SCHEDULES, Denoiser, LabelConfig, NoiseScheduler, SamplerConfig,
+                     SchedulerConfig, UNet, UNetConfig, make_scheduler_config, run_net, sample,
+                     seeded_noise)
 from utils.checkpoint import FORMAT, Damaged, read_checkpoint
 from utils.cli import (EVAL_SEED, Parser, UserError, checked, fraction, natural, positive_float,
                        positive_int, run_cli, seed_number)
@@ -473,20 +474,17 @@ class Run:
         parts = {q: losses[quartile == i].mean().item() for i, q in enumerate(QUARTILES)}
         return {"loss": losses.mean().item(), **parts}
 
-    def sample(self, num: int = 16, num_inference_steps: int = 50) -> Tensor:
+    def sample(self, num: int = 16, sampler: SamplerConfig = QUALITY["default"]) -> Tensor:
         """Slices of the averaged net from the seeds 0 to num - 1, the same at every call.
 
         Processes share the seeds out; the last may draw some twice.
         """
         config, each = self.net.config, -(-num // world_size())
         seeds = [min(rank() * each + place, num - 1) for place in range(each)]
-        noise = seeded_noise(seeds, (config.in_channels, *config.sample_size))
-        steps = min(num_inference_steps, self.scheduler.config.num_train_timesteps)
-        labels = self.labels.for_seeds(seeds)
-        net = self.ema.net if labels is None else partial(self.ema.net,
-                                                          labels=labels.to(self.device))
-        *_, images = reverse_process(net, self.scheduler, noise, steps, device=self.device,
-                                     dtype=self.dtype)
+        denoise = Denoiser(self.ema.net, self.scheduler, dtype=self.dtype)
+        shape = (config.in_channels, *config.sample_size)
+        images = torch.cat([*sample(denoise, seeds, shape, sampler, each, self.device,
+                                    labels=self.labels.for_seeds)])
         if world_size() == 1:
             return images
         parts = [torch.empty_like(images, device="cpu") for _ in range(world_size())]

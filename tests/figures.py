@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from dataset import (Slices, draw_phantom, load_splits, person_of,  # noqa: E402
                      phantom_slices)
-from modules import UNet, UNetConfig  # noqa: E402
-from predict import STRIP_LENGTH, load_model, sample_batch  # noqa: E402
+from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels, sample  # noqa: E402
+from predict import STRIP_LENGTH, load_model  # noqa: E402
 from tools.volumes import Cutting, cut_volume, upright  # noqa: E402
 from utils.checkpoint import SHIPPED  # noqa: E402
 from utils.cli import Parser, run_cli  # noqa: E402
@@ -52,9 +52,9 @@ def draw_process(model, states: torch.Tensor) -> None:
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
     for axes, t in zip(rows[0], np.linspace(0, total - 1, columns).round().astype(int)):
         show(axes, scheduler.add_noise(clean, noise, torch.tensor([t]))[0], f"t = {t}")
-    timesteps = [*scheduler.timesteps(len(states) - 1), 0]
+    levels = noise_levels(scheduler, QUALITY["default"])
     for axes, i in zip(rows[1], np.linspace(0, len(states) - 1, columns).round().astype(int)):
-        show(axes, states[i], f"t = {timesteps[i]}" if i < len(states) - 1 else "slice")
+        show(axes, states[i], f"t = {levels[i].timestep:.0f}" if levels[i].noise else "slice")
     rows[0][0].text(-0.15, 0.5, "forward", rotation=90, va="center", ha="right",
                     transform=rows[0][0].transAxes)
     rows[1][0].text(-0.15, 0.5, "reverse", rotation=90, va="center", ha="right",
@@ -186,23 +186,22 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="run folder of the model (default: none)")
     args = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
-    model = load_model(SHIPPED, CPU)
+    model = load_model(SHIPPED["64"], CPU)
     draw_unet(model.net.config)
     phantoms = phantom_slices(128, 0, 8, 2)
     save_grid(Slices(*phantoms, CPU)[np.arange(16)], IMAGES / "phantoms.png", columns=8)
     draw_preparation()
-    generated = []
-    for first in range(0, 64, 16):
-        states = list(sample_batch(model, list(range(first, first + 16)), 16, 50, "ddim", 0.0, CPU,
-                                   choose_dtype("auto", CPU)))
-        generated.append(states[-1])
-        if first == 0:
-            first_states = torch.cat([state[:1] for state in states])
-            draw_process(model, first_states)
-            shown = torch.linspace(0, 50, STRIP_LENGTH).round().long()
-            save_grid(first_states[shown], IMAGES / "reverse.png", columns=STRIP_LENGTH)
+    states = []
+    denoise = Denoiser(model.net, model.scheduler, dtype=choose_dtype("auto", CPU))
+    generated = torch.cat([*sample(
+        denoise, list(range(64)), (1, *model.net.config.sample_size), QUALITY["default"],
+        watch=lambda x, clean: states.append(x[:1]))])
+    states = torch.cat(states[:QUALITY["default"].steps + 1])  # of the first slice
+    draw_process(model, states)
+    shown = torch.linspace(0, len(states) - 1, STRIP_LENGTH).round().long()
+    save_grid(states[shown], IMAGES / "reverse.png", columns=STRIP_LENGTH)
     if args.data:
-        draw_comparison(torch.cat(generated), args.data)
+        draw_comparison(generated, args.data)
     if args.run:
         shutil.copy(args.run / "loss.png", IMAGES / "loss.png")
         draw_progress(args.run, model.net.config.sample_size)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import (DataDependentOutputException,
                                            DynamicOutputShapeException, FakeTensorMode)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modules import NoiseScheduler, make_scheduler_config
+from modules import NoiseScheduler, SamplerConfig, make_scheduler_config
 
 pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: -m gpu"),
               pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")]
@@ -82,6 +82,6 @@ def test_a_step_stays_on_the_card_and_the_host_never_waits(run_on_card, dtype, f
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_samples_and_validation_stay_on_the_card(run_on_card, dtype):
     run = run_on_card(dtype=dtype)
-    assert run.sample(4, 3).is_cuda
+    assert run.sample(4, SamplerConfig(steps=3)).is_cuda
     with pytest.raises(DynamicOutputShapeException):  # the losses' quartiles, behind the card
         run.evaluate("validate")

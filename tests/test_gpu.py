@@ -12,8 +12,8 @@ import torch
 from conftest import TINY, call
 
 from dataset import Slices, phantom_slices
-from modules import (NoiseScheduler, UNet, make_scheduler_config, reverse_process, run_net,
-                     seeded_noise)
+from modules import (SAMPLERS, Denoiser, NoiseScheduler, SamplerConfig, UNet,
+                     make_scheduler_config, run_net, sample)
 from train import QUARTILES, train
 from utils.cli import UserError
 
@@ -50,15 +50,15 @@ def test_the_net_computes_what_the_cpu_does(dtype, tolerance):
     assert distance(out, net(x, t)) < tolerance
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_seed_is_the_same_slice_on_the_card(sampler):
     """Noise is drawn on the CPU; a checkpoint's slices differ by rounding alone."""
     net, scheduler = randomised(), NoiseScheduler(make_scheduler_config("cosine"))
     images = {}
     for device in (torch.device("cpu"), CUDA):
-        *_, images[device.type] = reverse_process(
-            copy.deepcopy(net).to(device), scheduler, seeded_noise([3, 4], (1, 16, 16)), 20,
-            sampler, device=device)
+        denoise = Denoiser(copy.deepcopy(net).to(device), scheduler)
+        images[device.type], = sample(denoise, [3, 4], (1, 16, 16), SamplerConfig(sampler, 20), 2,
+                                      device)
     assert distance(images["cuda"], images["cpu"]) < 0.02
 
 

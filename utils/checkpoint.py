@@ -13,7 +13,8 @@ from utils.cli import UserError
 from utils.device import out_of_memory
 
 FORMAT = "oasis-diffusion-1"
-SHIPPED = Path(__file__).resolve().parents[1] / "weights" / "oasis-64.safetensors"
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+SHIPPED = {"64": WEIGHTS / "oasis-64.safetensors"}
 
 
 class Damaged(UserError):
@@ -67,20 +68,15 @@ def read_safetensors(path: Path) -> dict:
                         "one") from None
 
 
-def find_model(name: str | None) -> Path:
-    """The file that --checkpoint means: a file, a run folder's, the newest run's, the shipped.
+def find_model(name: str | Path, option: str = "--checkpoint") -> Path:
+    """The file that an option means: a file, a run folder's, or the newest run's.
 
     Raises UserError if there is none, naming where was looked.
     """
-    if name is None:
-        if not SHIPPED.exists():
-            raise UserError(f"{SHIPPED}: the shipped model is missing; clone again, or give "
-                            "--checkpoint")
-        return SHIPPED
     if name == "latest":
         found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise UserError("--checkpoint latest: no runs/*/checkpoint.pt here; train first, or "
+            raise UserError(f"{option} latest: no runs/*/checkpoint.pt here; train first, or "
                             "give a run folder")
         return found[-1]
     path = Path(name)
@@ -91,5 +87,5 @@ def find_model(name: str | None) -> Path:
         raise UserError(f"{path}: holds neither checkpoint.pt nor model.safetensors; give a run "
                         "folder of train.py")
     if not path.exists():
-        raise UserError(f"--checkpoint {path}: no such file or folder")
+        raise UserError(f"{option} {path}: no such file or folder")
     return path

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset import Slices, phantom_slices
-from modules import (NoiseScheduler, UNet, UNetConfig, make_scheduler_config, reverse_process,
-                     seeded_noise)
+from modules import (Denoiser, NoiseScheduler, SamplerConfig, UNet, UNetConfig,
+                     make_scheduler_config, sample)
 from references import diffusers_net
 from train import Run, make_configs, parse_args
 from utils.device import keep_freed_memory
@@ -181,8 +181,9 @@ def our_sampling(device: torch.device, size: int, batch_size: int, steps: int, d
     kind = getattr(torch, dtype)
 
     def step():
-        noise = seeded_noise(list(range(batch_size)), (1, size, size))
-        for _ in reverse_process(net, scheduler, noise, steps, device=device, dtype=kind):
+        denoise = Denoiser(net, scheduler, dtype=kind)
+        for _ in sample(denoise, list(range(batch_size)), (1, size, size),
+                        SamplerConfig("ddim", steps, "trailing"), batch_size, device):
             pass
     return step
 
