@@ -15,7 +15,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -472,6 +472,15 @@ def make_betas(config: SchedulerConfig) -> Tensor:
     if config.log_snr_shift:
         betas = betas_of((1 - betas).cumprod(0).logit().add(config.log_snr_shift).sigmoid())
     return betas
+
+
+def diffusers_config(config: SchedulerConfig) -> dict:
+    """The config in the keys that diffusers' schedulers take; a shifted table as its betas."""
+    values = asdict(config)
+    if values.pop("log_snr_shift"):
+        values["trained_betas"] = make_betas(config).tolist()
+        values["rescale_betas_zero_snr"] = False  # the betas are rescaled already
+    return values
 
 
 def betas_of(alphas_cumprod: Tensor) -> Tensor:

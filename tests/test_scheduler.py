@@ -1,7 +1,7 @@
 """The noise schedule and the samplers, against diffusers' and against cases solved by hand."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
                        HeunDiscreteScheduler)
 
 from modules import (SAMPLERS, SCHEDULES, SPACINGS, Denoiser, NoiseScheduler, SamplerConfig,
-                     SchedulerConfig, make_scheduler_config, noise_levels, reverse_process,
+                     SchedulerConfig, diffusers_config, make_scheduler_config, noise_levels, reverse_process,
                      seeded_noise, timestep_embedding)
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -56,9 +56,9 @@ def make_net(scheduler: NoiseScheduler, means=(0.3,), std: float = 0.2):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("total", [1000, 250, 37])
 def test_tables(schedule, total):
-    config = make_scheduler_config(schedule, total)
+    config = make_scheduler_config(schedule, total, sample_size=(208, 176))
     scheduler = NoiseScheduler(config)
-    reference = DDPMScheduler(**asdict(config))
+    reference = DDPMScheduler(**diffusers_config(config))
     assert scheduler.alphas_cumprod.dtype == torch.float64
     assert scheduler.alphas_cumprod.shape == (total,)
     assert (scheduler.alphas_cumprod.diff() < 0).all()
@@ -66,6 +66,11 @@ def test_tables(schedule, total):
                                rtol=1e-4, atol=1e-6)
     if schedule == "zero-snr":
         assert scheduler.alphas_cumprod[-1] == 0
+    if schedule == "cosine-shifted":  # as much noise as at 64 pixels, seen from the same distance
+        plain = NoiseScheduler(make_scheduler_config("cosine", total)).alphas_cumprod
+        shift = (scheduler.alphas_cumprod.logit() - plain.logit())[:-5]
+        torch.testing.assert_close(shift, torch.full_like(shift, math.log(64**2 / (208 * 176))),
+                                   rtol=0, atol=1e-6)
 
 
 def test_linear_schedule_ends_alike_for_any_number_of_timesteps():
@@ -77,7 +82,7 @@ def test_linear_schedule_ends_alike_for_any_number_of_timesteps():
 @pytest.mark.parametrize("schedule, prediction", CASES)
 def test_forward_process_equals_diffusers(schedule, prediction):
     config = make_scheduler_config(schedule, 1000, prediction)
-    ours, reference = NoiseScheduler(config), DDPMScheduler(**asdict(config))
+    ours, reference = NoiseScheduler(config), DDPMScheduler(**diffusers_config(config))
     reference.alphas_cumprod = ours.alphas_cumprod  # theirs are float32
     torch.manual_seed(0)
     x, noise = torch.rand(5, 1, 8, 8) * 2 - 1, torch.randn(5, 1, 8, 8)
@@ -261,14 +266,14 @@ def with_our_tables(reference, scheduler, levels):
 
 
 def their_ddpm(scheduler, levels, net, x, draw):
-    reference = with_our_tables(DDPMScheduler(**asdict(scheduler.config)), scheduler, levels)
+    reference = with_our_tables(DDPMScheduler(**diffusers_config(scheduler.config)), scheduler, levels)
     for t in reference.timesteps:
         x = reference.step(net(x, t[None]), t, x, generator=draw.generator).prev_sample
         yield x
 
 
 def their_ddim(scheduler, levels, net, x, draw, eta=0.0):
-    values = asdict(scheduler.config)
+    values = diffusers_config(scheduler.config)
     del values["variance_type"]
     reference = with_our_tables(DDIMScheduler(**values), scheduler, levels)
     for t in reference.timesteps:
