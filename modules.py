@@ -315,6 +315,11 @@ class UNet(nn.Module):
 HEIGHT_FREQUENCIES = 16  # tells slices apart that lie 1/32 of the height apart
 
 
+def seed_height(seed: int) -> float:
+    """The height in the head, 0 to 1, of a seed's slice if none is asked for: evenly distributed."""
+    return np.random.default_rng([seed, 1]).random()
+
+
 @dataclass(frozen=True)
 class LabelConfig:
     """What the net is told about a slice, as one vector; stored in every checkpoint.
@@ -370,8 +375,7 @@ class LabelConfig:
         Without a height, each seed has its own, evenly distributed as in training; without a
         class, none is told.
         """
-        heights = [np.random.default_rng([seed, 1]).random() if height is None else height
-                   for seed in seeds]
+        heights = [seed_height(seed) if height is None else height for seed in seeds]
         index = -1 if class_ is None else self.classes.index(class_)
         return self.encode(torch.tensor(heights), torch.full((len(seeds),), index))
 
