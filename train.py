@@ -71,7 +71,9 @@ class TrainConfig:
 
     Stored in every checkpoint. On equal CPUs, two runs with equal configs are equal bit for bit.
     When a run is continued, `steps` may grow, and `accumulate` and `data`, the folder's name, may
-    change; what is in it, `data_crc32`, may not.
+    change, and `dtype` where it was chosen for the hardware; the slices, `data_crc32`, may not.
+    extended: for each change of `steps` under a cosine schedule, (the step it happened at, `steps`
+    before), so that the config differs from that of a run which had the last `steps` all along.
     """
 
     data: str
@@ -94,6 +96,7 @@ class TrainConfig:
     p_std: float = 1.2
     augment: float = 0.0
     label_dropout: float = 0.1
+    extended: tuple = ()
 
 
 # Grounds for the numbers: README, "Training". Every preset folds 2x2 pixel blocks, so that the
@@ -257,7 +260,8 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
     values = {**vars(args), "data": args.data.resolve().name if args.data else "phantoms",
               "dtype": str(choose_dtype(args.dtype, device)).removeprefix("torch."),
               "data_crc32": data_crc32}
-    return unet, scheduler, TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    return unet, scheduler, TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)
+                                           if f.name in values})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,6 +272,15 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
 def step_seed(seed: int, step: int, part: int = 0) -> int:
     """One 32-bit seed out of (seed, step, part), well mixed."""
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1)[0])
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of a step: linear warm-up, then half a cosine to zero, or constant."""
+    warm_up = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.lr_schedule == "constant":
+        return config.learning_rate * warm_up
+    done = min(1.0, step / config.steps)
+    return config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def draw_timesteps(count: int, cdf: Tensor) -> Tensor:
@@ -309,20 +322,12 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.deferred = device.type == "cuda"  # numbers are looked at when the card is waited for
         self.bad, self.skipped = torch.zeros(3, device=device), torch.zeros((), device=device)
-        self.step, self.saved_step, self.keep = 0, 0, 1
+        self.step, self.saved_step, self.keep, self.auto_dtype = 0, 0, 1, False
         self.seconds = 0.0
         self.loss_sum, self.loss_count = torch.zeros((), device=device), 0
         self.rows: list[dict] = []
 
     # Training ----------------------------------------------------------------------------
-
-    def learning_rate(self) -> float:
-        """Of the coming step: linear warm-up, then half a cosine to zero, or constant."""
-        warm_up = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        if self.config.lr_schedule == "constant":
-            return self.config.learning_rate * warm_up
-        done = self.step / self.config.steps
-        return self.config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * done))
 
     def loss(self, step: int, share: int = 0, shares: int = 1) -> Tensor:
         """Mean squared error of a share of a step's batch (Ho et al., algorithm 1), a scalar.
@@ -391,7 +396,7 @@ class Run:
         Numbers that are not finite touch no weight: `check` raises, here or later, see `watch`.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = learning_rate(self.config, self.step)
         loss = self.backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
@@ -596,10 +601,13 @@ class Run:
         if content is None:
             return
         stored = {part: content.get(part, {}) for part in self.parts()}
+        may_change = ["steps", "data", "accumulate", "extended"]
+        if self.auto_dtype and stored["train"]["dtype"] != "float16":
+            may_change.append("dtype")
         changed = [f"{part}.{f.name} = {stored[part].get(f.name, f.default)!r}, now {value!r}"
                    for part, config in self.parts().items() for f in fields(config)
                    if (value := getattr(config, f.name)) != stored[part].get(f.name, f.default)
-                   and f.name not in ("steps", "data", "accumulate")]
+                   and f.name not in may_change]
         if changed:
             raise UserError(f"{self.folder}: holds another run ({'; '.join(changed)}); give those "
                             "values again, or another --run")
@@ -607,6 +615,7 @@ class Run:
             raise UserError(f"--steps {self.config.steps}: {self.folder} is at step "
                             f"{content['step']} already; give more, or another --run")
         self._check_shapes(content)
+        self._note_changes(content["step"], stored["train"])
         self.net.load_state_dict(content["net"])
         self.ema.net.load_state_dict(content["ema"])
         self.ema.num_updates = content["ema_updates"]
@@ -620,6 +629,22 @@ class Run:
         self.step = self.saved_step = content["step"]
         self.seconds, self.rows = content["seconds"], content["rows"]
         self.loss_sum, self.loss_count = content["loss_sum"].to(self.device), content["loss_count"]
+
+    def _note_changes(self, step: int, stored: dict) -> None:
+        """Says, in a line each, how a continued run differs from now on, and records other steps.
+        """
+        config, extended = self.config, tuple(stored.get("extended", ()))
+        if config.dtype != stored["dtype"]:
+            print(f"{self.folder}: computes in {config.dtype} from step {step} on, before in "
+                  f"{stored['dtype']}: --dtype auto is what is fast on this hardware", flush=True)
+        if step and config.lr_schedule == "cosine" and config.steps != stored["steps"]:
+            before = replace(config, steps=stored["steps"])
+            rates = [learning_rate(each, step) for each in (before, config)]
+            print(f"{self.folder}: --steps {config.steps}, before {before.steps}: at step {step} "
+                  f"the learning rate changes from {rates[0]:.3g} to {rates[1]:.3g}, and falls to "
+                  f"zero at step {config.steps}", flush=True)
+            extended += ((step, before.steps),)
+        self.config = replace(config, extended=extended)
 
     def _check_shapes(self, content: dict) -> None:
         """Raises ValueError unless every tensor fits, before the first is loaded."""
@@ -861,7 +886,7 @@ def prepare(args: argparse.Namespace) -> Run:
                         "train; give less")
     folder = args.run or Path("runs") / f"{config.data}-{args.preset}"
     run = Run(folder, unet, scheduler, labels, config, data, device, args.compile)
-    run.keep = args.keep
+    run.keep, run.auto_dtype = args.keep, args.dtype == "auto"
     try:
         run.resume()
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:

@@ -15,7 +15,9 @@ from PIL import Image
 
 import train
 from train import PRESETS
+from utils import device
 from utils.cli import run_cli
+from utils.distributed import local_device
 
 
 def test_train_continue_predict(data, tmp_path, refused):
@@ -170,6 +172,25 @@ def test_a_finished_run_is_not_tested_twice(data, tmp_path, monkeypatch, capsys)
     train.main()
     assert "step 2 of 3" in capsys.readouterr().out
     assert not list((tmp_path / "r").glob(".*.tmp"))
+
+
+def test_a_gpu_that_torch_cannot_use_is_one_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local_device("auto").type == "cpu" and not capsys.readouterr().err
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\n"
+        "GCC version:  gcc version 9.4.0\n")
+    assert local_device("auto").type == "cpu"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: the CPU is used")
+    assert "driver 470.57.02" in lines[0] and f"torch {torch.__version__}" in lines[0]
+    local_device("cpu")  # asked for
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    local_device("auto")
+    assert not capsys.readouterr().err
 
 
 def test_a_bug_is_not_called_out_of_memory():

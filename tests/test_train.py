@@ -14,7 +14,7 @@ from safetensors import safe_open
 import train as train_script
 from dataset import batch_indices, draw_phantom
 from modules import HEIGHT_FREQUENCIES, LabelConfig, NoiseScheduler, make_scheduler_config
-from train import Run, draw_timesteps, finish, step_seed, train
+from train import Run, draw_timesteps, finish, learning_rate, step_seed, train
 from utils.checkpoint import read_checkpoint
 from utils.cli import UserError
 
@@ -155,13 +155,10 @@ def test_labels_are_dropped_at_their_rate_and_known_by_step(make_run):
 
 def test_learning_rate_warms_up_and_falls_to_zero(make_run):
     run = make_run(steps=100, warmup_steps=10, learning_rate=1.0)
-    rates = []
-    for run.step in range(100):
-        rates.append(run.learning_rate())
+    rates = [learning_rate(run.config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1, abs=0.03)
     assert rates[50] == pytest.approx(0.5) and rates[-1] < 0.001
-    run.config = replace(run.config, lr_schedule="constant")
-    assert run.learning_rate() == 1.0
+    assert learning_rate(replace(run.config, lr_schedule="constant"), 99) == 1.0
 
 
 def test_validation_is_the_same_at_every_call_and_sees_every_quartile(make_run):
@@ -240,6 +237,38 @@ def test_another_configuration_is_refused_with_the_differences(make_run):
     with pytest.raises(UserError, match="learning_rate = 0.001, now 0.0005.*seed = 0, now 3"):
         other.resume()
     make_run(steps=100).resume()
+
+
+def test_a_run_moves_to_hardware_with_another_type(make_run, capsys):
+    run = make_run()
+    run.step = 3
+    run.save()
+    with pytest.raises(UserError, match="train.dtype = 'float32', now 'bfloat16'"):
+        make_run(dtype="bfloat16").resume()  # asked for
+    moved = make_run(dtype="bfloat16")
+    moved.auto_dtype = True
+    moved.resume()
+    lines = capsys.readouterr().out.splitlines()
+    assert moved.step == 3 and moved.dtype == torch.bfloat16
+    assert len(lines) == 1 and "bfloat16 from step 3 on, before in float32" in lines[0]
+
+
+def test_more_steps_than_planned_are_recorded(make_run, capsys):
+    """Its config is no longer that of a run with these steps from the start, whose weights differ.
+    """
+    run = make_run(steps=6, learning_rate=1.0)
+    run.step = 6
+    run.save()
+    longer = make_run(steps=12, learning_rate=1.0)
+    longer.resume()
+    assert longer.config == replace(make_run(steps=12, learning_rate=1.0).config,
+                                    extended=((6, 6),))
+    lines = capsys.readouterr().out.splitlines()  # half of the cosine is half of the peak
+    assert len(lines) == 1 and "at step 6 the learning rate changes from 0 to 0.5," in lines[0]
+    longer.save()
+    again = make_run(steps=12, learning_rate=1.0)
+    again.resume()
+    assert again.config == longer.config and not capsys.readouterr().out
 
 
 def test_a_checkpoint_from_before_an_option_continues(make_run):

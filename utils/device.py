@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 import re
 import resource
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -28,6 +31,18 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} is not on this machine; take cpu, or leave it out "
                          "for the fastest that is") from None
     return device
+
+
+def unusable_gpu() -> str | None:
+    """Why this build of torch cannot use the NVIDIA GPU that is here; None if it can, or if there
+    is no GPU's driver or CUDA_VISIBLE_DEVICES hides the GPU."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") \
+            or not NVIDIA_DRIVER.exists():
+        return None
+    version = re.search(r"\d+\.\d+[.\d]*", NVIDIA_DRIVER.read_text(encoding="utf-8"))
+    return (f"the NVIDIA driver {version[0] if version else 'here'} does not work with torch "
+            f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'}); README, "
+            "\"Dependencies\", names the build of torch for it")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from utils.cli import UserError
-from utils.device import choose_device
+from utils.device import choose_device, unusable_gpu
 
 # For a process that hangs; one that died is noticed by torchrun or srun at once. It has to outlast
 # what only one process does, the decoding of all slices above all.
@@ -76,6 +76,8 @@ def local_device(name: str) -> torch.device:
 
     Raises UserError for one that is not here.
     """
+    if name == "auto" and os.environ.get("LOCAL_RANK", "0") == "0" and (reason := unusable_gpu()):
+        print(f"warning: the CPU is used, since {reason}", file=sys.stderr)
     if world_size() > 1:
         if name not in ("auto", "cuda", "cpu"):
             raise UserError(f"--device {name}: for several processes, give cuda or cpu")
