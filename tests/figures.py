@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from dataset import (Slices, draw_phantom, load_splits, person_of,  # noqa: E402
                      phantom_slices)
 from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels, sample  # noqa: E402
-from predict import STRIP_LENGTH, load_model  # noqa: E402
+from predict import STRIP_LENGTH, Model, load_model  # noqa: E402
 from tools.volumes import Cutting, cut_volume, upright  # noqa: E402
 from utils.checkpoint import SHIPPED  # noqa: E402
 from utils.cli import Parser, run_cli  # noqa: E402
@@ -140,22 +140,23 @@ def draw_preparation() -> None:
     figure.savefig(IMAGES / "preparation.png", dpi=100)
 
 
-def draw_comparison(generated: torch.Tensor, data: Path) -> None:
-    """Unpicked generated slices below, a few real ones (one per person of test) above."""
-    images, names, *_ = load_splits(data, generated.shape[-1])["test"]
+def draw_comparison(generated: torch.Tensor, data: Path, name: str) -> None:
+    """Unpicked generated slices below, a few real ones (one per subject of test) above."""
+    height, width = generated.shape[-2:]
+    images, names, *_ = load_splits(data, width if height == width else None)["test"]
     people = sorted({person_of(Path(name)) for name in names})[:8]
     rng = np.random.default_rng(0)
     chosen = [rng.choice([i for i, name in enumerate(names) if person_of(Path(name)) == person])
               for person in people]
     real = Slices(images, names, CPU)[np.array(chosen)]
-    figure, panels = plt.subplots(5, 8, figsize=(10.4, 6.8),
+    figure, panels = plt.subplots(5, 8, figsize=(10.4, 6.8 * height / width),
                                   gridspec_kw=dict(wspace=0.03, hspace=0.03, left=0.04, right=0.995,
                                                    top=0.995, bottom=0.005))
     for axes, image in zip(panels.flat, torch.cat([real, generated[:32]])):
         show(axes, image)
     figure.text(0.02, 0.9, "real (test)", rotation=90, va="center", ha="center")
     figure.text(0.02, 0.4, "generated, seeds 0 to 31", rotation=90, va="center", ha="center")
-    figure.savefig(IMAGES / "real_and_generated.png", dpi=110)
+    figure.savefig(IMAGES / name, dpi=110 if height == width else 140)
     for name, pixels in (("real, test", torch.from_numpy(images)[:, None]),
                          (f"generated, {len(generated)}", to_uint8(generated))):
         pixels = pixels.float()
@@ -165,6 +166,27 @@ def draw_comparison(generated: torch.Tensor, data: Path) -> None:
         print(f"{name:15s} mean {pixels.mean():.1f}  share under 8 {black:.3f}"
               f"  corners: mean {corners.mean():.2f}, largest {corners.max():.0f}"
               f"  spread of slice means {pixels.mean(dim=(1, 2, 3)).std():.1f}")
+
+
+def draw_conditions(model: Model) -> None:
+    """One noise at eight heights, told the first and the third class; then the next noise."""
+    names = list(model.labels.classes)
+    shape = (1, *model.net.config.sample_size)
+    denoise = Denoiser(model.net, model.scheduler, guidance=2.0, dtype=choose_dtype("auto", CPU))
+    figure, axes = plt.subplots(4, 8, figsize=(10.4, 6.3), layout="constrained")
+    heights = torch.linspace(0, 1, 8)
+    for number, panels in enumerate(axes):
+        seed, name = number // 2, names[(0, 2)[number % 2]]
+        told = model.labels.encode(heights, torch.full((8,), names.index(name)))
+        [images] = sample(denoise, [seed] * 8, shape, QUALITY["default"], 8,
+                          labels=lambda seeds: told)
+        for panel, image, height in zip(panels, images, heights):
+            show(panel, image)
+            if number == 0:
+                panel.set_title(f"height {height:.2f}", fontsize=8)
+        panels[0].text(-0.1, 0.5, f"seed {seed}, {name}", rotation=90, va="center", ha="center",
+                       fontsize=8, transform=panels[0].transAxes)
+    figure.savefig(IMAGES / "conditions.png", dpi=120)
 
 
 def draw_progress(run: Path, size: tuple[int, int], steps=(750, 1500, 3000, 7500, 16_000)) -> None:
@@ -180,6 +202,16 @@ def draw_progress(run: Path, size: tuple[int, int], steps=(750, 1500, 3000, 7500
     figure.savefig(IMAGES / "progress.png", dpi=110)
 
 
+def draw_slices(model: Model, num: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slices of the first seeds as predict.py draws them, and the first one's states."""
+    states = []
+    denoise = Denoiser(model.net, model.scheduler, dtype=choose_dtype("auto", CPU))
+    slices = torch.cat([*sample(
+        denoise, list(range(num)), (1, *model.net.config.sample_size), QUALITY["default"],
+        watch=lambda x, clean: states.append(x[:1]), labels=model.labels.for_seeds)])
+    return slices, torch.cat(states[:QUALITY["default"].steps + 1])
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of real slices (default: none)")
@@ -191,17 +223,15 @@ def main() -> None:
     phantoms = phantom_slices(128, 0, 8, 2)
     save_grid(Slices(*phantoms, CPU)[np.arange(16)], IMAGES / "phantoms.png", columns=8)
     draw_preparation()
-    states = []
-    denoise = Denoiser(model.net, model.scheduler, dtype=choose_dtype("auto", CPU))
-    generated = torch.cat([*sample(
-        denoise, list(range(64)), (1, *model.net.config.sample_size), QUALITY["default"],
-        watch=lambda x, clean: states.append(x[:1]))])
-    states = torch.cat(states[:QUALITY["default"].steps + 1])  # of the first slice
+    generated, states = draw_slices(model)
     draw_process(model, states)
     shown = torch.linspace(0, len(states) - 1, STRIP_LENGTH).round().long()
     save_grid(states[shown], IMAGES / "reverse.png", columns=STRIP_LENGTH)
+    native = load_model(SHIPPED["native"], CPU)
+    draw_conditions(native)
     if args.data:
-        draw_comparison(generated, args.data)
+        draw_comparison(generated, args.data, "real_and_generated.png")
+        draw_comparison(draw_slices(native)[0], args.data, "native.png")
     if args.run:
         shutil.copy(args.run / "loss.png", IMAGES / "loss.png")
         draw_progress(args.run, model.net.config.sample_size)
