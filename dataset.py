@@ -85,7 +85,9 @@ def class_finder(root: Path) -> Callable[[Path], str]:
     "CDR 0.5", else its `class` or `diagnosis`; "" if it states none."""
     of_case = {}
     for row in read_cases(root):
-        stated = row.get("class") or row.get("diagnosis") or (row.get("cdr") and f"CDR {row['cdr']}")
+        stated = row.get("class") or row.get("diagnosis")
+        if not stated and row.get("cdr"):
+            stated = f"CDR {row['cdr']}"
         rating = re.search(r"CDR \d+(\.\d+)?", stated or "")
         if str(row.get("case")).isdigit():
             of_case[f"case_{int(row['case']):03d}"] = rating[0] if rating else stated or ""

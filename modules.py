@@ -257,7 +257,8 @@ class UNet(nn.Module):
         full = config.final_channels or config.out_channels
         self.conv_out = nn.Conv2d(widths[0], full * patch**2, 3, padding=1)
         if config.final_channels:
-            self.conv_final = nn.Conv2d(full + config.in_channels, config.out_channels, 3, padding=1)
+            self.conv_final = nn.Conv2d(full + config.in_channels, config.out_channels, 3,
+                                        padding=1)
         self._zero_residual_branches()
 
     def _zero_residual_branches(self) -> None:
@@ -316,7 +317,7 @@ HEIGHT_FREQUENCIES = 16  # tells slices apart that lie 1/32 of the height apart
 
 
 def seed_height(seed: int) -> float:
-    """The height in the head, 0 to 1, of a seed's slice if none is asked for: evenly distributed."""
+    """The height in the head of a seed's slice if none is asked for, uniform in [0, 1]."""
     return np.random.default_rng([seed, 1]).random()
 
 

@@ -163,8 +163,8 @@ OPTIONS = {
     "diffusion and net": [
         ("schedule", "noise schedule; cosine-shifted is shifted for the image size", None,
          SCHEDULES),
-        ("noise-distribution", "noise levels in training: uniform in the timestep, or log-normal in "
-         "sigma", None, ("uniform", "log-normal")),
+        ("noise-distribution", "noise levels in training: uniform in the timestep, or log-normal "
+         "in sigma", None, ("uniform", "log-normal")),
         ("p-mean", "mean of ln sigma, for 64 pixels; moves along with cosine-shifted", -1.2, float),
         ("p-std", "standard deviation of ln sigma", 1.2, positive_float),
         ("prediction-type", "what the net predicts", "v_prediction",
@@ -232,9 +232,9 @@ def make_labels(args: argparse.Namespace, train: Slices) -> LabelConfig:
 
 
 def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.device,
-                 data_crc32: int, label_dim: int = 0
-                 ) -> tuple[UNetConfig, SchedulerConfig, TrainConfig]:
-    """Three configs of a run from its options, the slices' (H, W) and their checksum.
+                 data_crc32: int, labels: LabelConfig = LabelConfig()
+                 ) -> tuple[UNetConfig, SchedulerConfig, LabelConfig, TrainConfig]:
+    """The configs of a run from its options, the slices' (H, W), checksum and labels.
 
     Raises UserError for values that do not go together, naming the option.
     """
@@ -249,7 +249,7 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
             # A group of one channel would normalise the timestep embedding away.
             norm_num_groups=32 if min(args.block_out_channels) >= 64 else 8,
             dropout=args.dropout[0] if len(args.dropout) == 1 else args.dropout,
-            patch_size=args.patch_size, label_dim=label_dim, final_channels=args.final_channels)
+            patch_size=args.patch_size, label_dim=labels.dim, final_channels=args.final_channels)
         unet = replace(unet, attention_resolutions=[
             side for side in unet.resolutions if side <= args.attention_up_to])
         scheduler = make_scheduler_config(args.schedule, args.num_train_timesteps,
@@ -260,8 +260,9 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
     values = {**vars(args), "data": args.data.resolve().name if args.data else "phantoms",
               "dtype": str(choose_dtype(args.dtype, device)).removeprefix("torch."),
               "data_crc32": data_crc32}
-    return unet, scheduler, TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)
-                                           if f.name in values})
+    config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)
+                            if f.name in values})
+    return unet, scheduler, labels, config
 
 
 # ---------------------------------------------------------------------------------------------
@@ -284,8 +285,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def draw_timesteps(count: int, cdf: Tensor) -> Tensor:
-    """(count,) timesteps from a cumulative distribution, float32 (T,), one from each of `count` equal parts
-    of its probability, in order.
+    """(count,) timesteps from a cumulative distribution, float32 (T,), one from each of `count`
+    equal parts of its probability, in order.
 
     Each timestep is as likely as by independent draws, and the loss varies less from step to
     step (the low-discrepancy sampler of Kingma et al. 2021). The slices' order is random, so
@@ -332,8 +333,8 @@ class Run:
     def loss(self, step: int, share: int = 0, shares: int = 1) -> Tensor:
         """Mean squared error of a share of a step's batch (Ho et al., algorithm 1), a scalar.
 
-        Slices, augmentation, labels, timesteps and noise of the whole batch depend on (seed, step) alone: it is
-        the same batch in however many shares. Dropout depends on the share as well.
+        Slices, augmentation, labels, timesteps and noise of the whole batch depend on (seed, step)
+        alone: it is the same batch in however many shares. Dropout depends on the share as well.
         """
         config, train = self.config, self.data["train"]
         count = config.batch_size
@@ -879,13 +880,12 @@ def prepare(args: argparse.Namespace) -> Run:
     data = {name: Slices(split.images, split.names, device, split.people, split.classes)
             for name, split in loaded.items()}
     labels = make_labels(args, data["train"])
-    unet, scheduler, config = make_configs(args, images.shape[1:], device, loaded["train"].crc32,
-                                           labels.dim)
+    configs = make_configs(args, images.shape[1:], device, loaded["train"].crc32, labels)
     if count < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {count} slices in "
                         "train; give less")
-    folder = args.run or Path("runs") / f"{config.data}-{args.preset}"
-    run = Run(folder, unet, scheduler, labels, config, data, device, args.compile)
+    folder = args.run or Path("runs") / f"{configs[-1].data}-{args.preset}"
+    run = Run(folder, *configs, data, device, args.compile)
     run.keep, run.auto_dtype = args.keep, args.dtype == "auto"
     try:
         run.resume()

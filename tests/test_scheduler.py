@@ -10,8 +10,8 @@ from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
                        HeunDiscreteScheduler)
 
 from modules import (SAMPLERS, SCHEDULES, SPACINGS, Denoiser, NoiseScheduler, SamplerConfig,
-                     SchedulerConfig, diffusers_config, make_scheduler_config, noise_levels, reverse_process,
-                     seeded_noise, timestep_embedding)
+                     SchedulerConfig, diffusers_config, make_scheduler_config, noise_levels,
+                     reverse_process, seeded_noise, timestep_embedding)
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 CASES = [(s, p) for s in SCHEDULES for p in PREDICTIONS if (s, p) != ("zero-snr", "epsilon")]
@@ -266,7 +266,8 @@ def with_our_tables(reference, scheduler, levels):
 
 
 def their_ddpm(scheduler, levels, net, x, draw):
-    reference = with_our_tables(DDPMScheduler(**diffusers_config(scheduler.config)), scheduler, levels)
+    reference = DDPMScheduler(**diffusers_config(scheduler.config))
+    reference = with_our_tables(reference, scheduler, levels)
     for t in reference.timesteps:
         x = reference.step(net(x, t[None]), t, x, generator=draw.generator).prev_sample
         yield x

@@ -277,8 +277,8 @@ def test_a_checkpoint_from_before_an_option_continues(make_run):
     run.step = 3
     run.save()
     content = torch.load(run.checkpoint, weights_only=True)
-    for part, names in (("train", ("ema_length", "augment", "p_mean")), ("unet", ("final_channels",)),
-                        ("scheduler", ("log_snr_shift",))):
+    for part, names in (("train", ("ema_length", "augment", "p_mean")),
+                        ("unet", ("final_channels",)), ("scheduler", ("log_snr_shift",))):
         for name in names:
             del content[part][name]
     content["train"]["flip"] = False
