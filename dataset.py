@@ -44,7 +44,8 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 IMAGES = ", ".join(sorted(EXTENSIONS))
 PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
 LARGEST_SIDE = 8192  # pixels; beyond it, a file is no slice, and padding would eat the memory
-CACHE_VERSION = 2  # raise it when the same files would decode to other pixels, or be refused
+CACHE_LIMIT = 32 * 2**30  # bytes of decoded slices; the least recently used go first
+CACHE_VERSION = 3  # raise it when the same files would decode to other pixels, or be refused
 
 # ---------------------------------------------------------------------------------------------
 # Finding slices
@@ -66,7 +67,7 @@ def read_cases(root: Path) -> list[dict[str, str]]:
     """The rows of ROOT/cases.csv; none if there is no such file. Raises UserError for no CSV."""
     path = root / "cases.csv"
     try:
-        return list(csv.DictReader(io.StringIO(path.read_text())))
+        return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error) as error:
@@ -85,9 +86,8 @@ def class_finder(root: Path) -> Callable[[Path], str]:
     "CDR 0.5", else its `class` or `diagnosis`; "" if it states none."""
     of_case = {}
     for row in read_cases(root):
-        stated = row.get("class") or row.get("diagnosis")
-        if not stated and row.get("cdr"):
-            stated = f"CDR {row['cdr']}"
+        stated = row.get("class") or row.get("diagnosis") or \
+            (row.get("cdr") and f"CDR {row['cdr']}")
         rating = re.search(r"CDR \d+(\.\d+)?", stated or "")
         if str(row.get("case")).isdigit():
             of_case[f"case_{int(row['case']):03d}"] = rating[0] if rating else stated or ""
@@ -265,11 +265,15 @@ def to_gray(image: Image.Image) -> Image.Image:
 def is_label_map(pixels: np.ndarray) -> bool:
     """Whether an image, (..., H, W) of any range from 0 on, has next to no grey levels but a few.
 
+    The 99th percentile of the pixels above 0 counts as white: a few bright vessels would press
+    all other grey levels together.
     Of the pixels above the background, five bands of 7 of 256 levels hold at most 46% in each of
     5,760 OASIS slices, at most 71% in phantoms, and all in a segmentation map but for JPEG's and
     resizing's edges.
     """
-    levels = np.rint(pixels * (255 / max(pixels.max(), 1e-6))).astype(np.uint8)
+    inside = pixels[pixels > 0]
+    white = np.percentile(inside, 99) if inside.size else 1
+    levels = np.rint((pixels * (255 / white)).clip(0, 255)).astype(np.uint8)
     counts = np.bincount(levels.ravel(), minlength=256)
     counts[:8] = 0  # the background, with JPEG's ripples
     total, held = counts.sum(), 0
@@ -280,15 +284,18 @@ def is_label_map(pixels: np.ndarray) -> bool:
     return held > 0.85 * total
 
 
-def check_slice(pixels: np.ndarray, path: Path | str) -> None:
-    """Raises BadSlice for pixels of a file's own size that one would rue to have trained on."""
+def check_slice(pixels: np.ndarray, path: Path | str, few_levels: bool = False) -> None:
+    """Raises BadSlice for an image, of its file's own size, that is no MR slice.
+
+    few_levels: whether to accept images of few grey levels.
+    """
     if pixels.min() == pixels.max():
         raise BadSlice(path, "is black all over" if pixels.max() == 0 else "is of one grey level",
                        "remove the slices that show nothing")
-    if is_label_map(pixels):
+    if not few_levels and is_label_map(pixels):
         raise BadSlice(path, "has few grey levels, as a segmentation map",
                        "give the folder of MR slices, as keras_png_slices_train, not "
-                       "keras_png_slices_seg_train")
+                       "keras_png_slices_seg_train, or --few-levels if they are MR slices")
 
 
 def fit(image: Image.Image, image_size: int | None) -> np.ndarray:
@@ -305,16 +312,16 @@ def fit(image: Image.Image, image_size: int | None) -> np.ndarray:
     return np.asarray(image).round().clip(0, 255).astype(np.uint8)
 
 
-def read_slice(path: Path) -> Image.Image:
-    """An image file as `read_gray` gives it, checked. Raises BadSlice."""
+def read_slice(path: Path, few_levels: bool = False) -> Image.Image:
+    """An image file as `read_gray` gives it, checked as by `check_slice`. Raises BadSlice."""
     image = read_gray(path)
-    check_slice(np.asarray(image), path)
+    check_slice(np.asarray(image), path, few_levels)
     return image
 
 
-def decode(path: Path, image_size: int | None) -> np.ndarray:
+def decode(path: Path, image_size: int | None, few_levels: bool = False) -> np.ndarray:
     """One image file -> uint8 (S, S), or (H, W) for None; see `fit`. Raises BadSlice."""
-    return fit(read_slice(path), image_size)
+    return fit(read_slice(path, few_levels), image_size)
 
 
 def in_parallel(work: Callable, items: list, desc: str) -> Iterator:
@@ -337,15 +344,16 @@ def in_parallel(work: Callable, items: list, desc: str) -> Iterator:
 # ---------------------------------------------------------------------------------------------
 
 
-def decode_all(files: list[Path], image_size: int | None) -> Iterator[np.ndarray]:
+def decode_all(files: list[Path], image_size: int | None, few_levels: bool = False
+               ) -> Iterator[np.ndarray]:
     """Decodes in parallel, with a bar, and yields the images, uint8 (H, W), in order.
 
     Raises BadSlice for the first whose size differs if the size is native, or, at the end,
     BadSlices naming up to ten of the files that are no slices.
     """
     first, brightest, bad = None, 0, []
-    for path, image in zip(files, in_parallel(lambda path: decode(path, image_size), files,
-                                              "decoding")):
+    for path, image in zip(files, in_parallel(
+            lambda path: decode(path, image_size, few_levels), files, "decoding")):
         if isinstance(image, BadSlice):
             bad.append(image)
             continue
@@ -363,7 +371,8 @@ def decode_all(files: list[Path], image_size: int | None) -> Iterator[np.ndarray
               "values in 16-bit files? scale them so that 65535 is white", file=sys.stderr)
 
 
-def cache_file(files: list[Path], image_size: int | None, cache: Path | None) -> Path:
+def cache_file(files: list[Path], image_size: int | None, cache: Path | None,
+               few_levels: bool = False) -> Path:
     """A name that changes with the image size and any file's path, size or time."""
     facts = []
     for path in files:
@@ -371,7 +380,7 @@ def cache_file(files: list[Path], image_size: int | None, cache: Path | None) ->
         with contextlib.suppress(OSError):  # a broken link; never cached, since it is refused
             found = path.stat()
             facts += [found.st_size, found.st_mtime_ns]
-    key = hashlib.sha256(repr((CACHE_VERSION, image_size, facts)).encode()).hexdigest()
+    key = hashlib.sha256(repr((CACHE_VERSION, image_size, few_levels, facts)).encode()).hexdigest()
     return (cache or cache_folder()) / f"{key[:24]}.npy"
 
 
@@ -381,19 +390,20 @@ def cache_folder() -> Path:
     return Path(home, "oasis-diffusion")
 
 
-def load_images(files: list[Path], image_size: int | None, cache: Path | None = None
-                ) -> tuple[np.ndarray, int]:
+def load_images(files: list[Path], image_size: int | None, cache: Path | None = None,
+                few_levels: bool = False) -> tuple[np.ndarray, int]:
     """The slices as one uint8 (N, H, W), decoded once and cached on disk, and their CRC-32.
 
     The cache is trusted only if its checksum holds: a stale or damaged one is decoded again. It
     is decoded straight to the disk, by one process while others wait, and mapped into the memory
     of all. Raises UserError as `decode_all` does.
     """
-    kept = cache_file(files, image_size, cache)
+    kept = cache_file(files, image_size, cache, few_levels)
     try:
         with locked(kept.with_suffix(".lock")) if not kept.exists() else contextlib.nullcontext():
             if not kept.exists():
-                write_atomic(kept, partial(_write_cache, files, image_size))
+                write_atomic(kept, partial(_write_cache, files, image_size, few_levels))
+                prune_cache(kept.parent)
         return _read_cache(kept)
     except (BadSlice, BadSlices):
         raise
@@ -401,22 +411,37 @@ def load_images(files: list[Path], image_size: int | None, cache: Path | None = 
         print(f"warning: {kept} is damaged; decoding again", file=sys.stderr)
         with contextlib.suppress(OSError):
             kept.unlink()
-            return load_images(files, image_size, cache)
+            return load_images(files, image_size, cache, few_levels)
     except (OSError, UserError) as error:
         print(f"warning: no cache, the slices will be decoded again next time: {error}",
               file=sys.stderr)
-    images = np.stack(list(decode_all(files, image_size)))
+    images = np.stack(list(decode_all(files, image_size, few_levels)))
     return images, zlib.crc32(images)
 
 
-def without_bad(files: list[Path], image_size: int | None, cache: Path | None = None
-                ) -> list[Path]:
+def prune_cache(folder: Path, limit: int | None = None) -> None:
+    """Removes the least recently used sets of decoded slices while all take more than `limit`
+    bytes; never the newest one."""
+    limit = CACHE_LIMIT if limit is None else limit
+    with contextlib.suppress(OSError):
+        sets = sorted(((path.stat().st_mtime_ns, path.stat().st_size, path)
+                       for path in folder.glob("*.npy")
+                       if re.fullmatch("[0-9a-f]{24}", path.stem)), reverse=True)
+        total = 0
+        for index, (_, size, path) in enumerate(sets):
+            total += size
+            if index and total > limit:
+                path.unlink()
+
+
+def without_bad(files: list[Path], image_size: int | None, cache: Path | None = None,
+                few_levels: bool = False) -> list[Path]:
     """The files that are slices. Those that are not are named in a warning, and remembered."""
-    kept = cache_file(files, image_size, cache).with_suffix(".bad.json")
+    kept = cache_file(files, image_size, cache, few_levels).with_suffix(".bad.json")
     try:
-        bad = json.loads(kept.read_text())
+        bad = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        read = in_parallel(read_slice, files, "checking")
+        read = in_parallel(partial(read_slice, few_levels=few_levels), files, "checking")
         bad = {path.name: found.what for path, found in zip(files, read)
                if isinstance(found, BadSlice)}
         with contextlib.suppress(UserError):
@@ -428,10 +453,10 @@ def without_bad(files: list[Path], image_size: int | None, cache: Path | None = 
     return [path for path in files if path.name not in bad]
 
 
-def _write_cache(files: list[Path], image_size: int | None, file) -> None:
+def _write_cache(files: list[Path], image_size: int | None, few_levels: bool, file) -> None:
     """Decodes into a .npy file, image by image, and puts the CRC-32 of the array behind it."""
     crc = 0
-    for index, image in enumerate(decode_all(files, image_size)):
+    for index, image in enumerate(decode_all(files, image_size, few_levels)):
         if index == 0:
             np.lib.format.write_array_header_1_0(file, {
                 "descr": "|u1", "fortran_order": False, "shape": (len(files), *image.shape)})
@@ -446,6 +471,8 @@ def _read_cache(path: Path) -> tuple[np.ndarray, int]:
     crc = zlib.crc32(images)
     if np.fromfile(path, "<u4", offset=path.stat().st_size - 4)[0] != crc:
         raise ValueError("not what was written")
+    with contextlib.suppress(OSError):  # for `prune_cache`
+        os.utime(path)
     return images, crc
 
 
@@ -465,7 +492,7 @@ class Split(NamedTuple):
 
 
 def load_splits(root: Path | None, image_size: int | None, cache: Path | None = None,
-                skip_bad: bool = False) -> dict[str, Split]:
+                skip_bad: bool = False, few_levels: bool = False) -> dict[str, Split]:
     """The splits of a root, or of the phantoms for None; those without slices are left out.
 
     Raises UserError as the functions above do, or if the splits differ in size or share a
@@ -483,9 +510,9 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
     loaded = {}
     for split, files in files_of.items():
         if skip_bad and files:
-            files = without_bad(files, image_size, cache)
+            files = without_bad(files, image_size, cache, few_levels)
         if files:
-            images, crc = load_images(files, image_size, cache)
+            images, crc = load_images(files, image_size, cache, few_levels)
             loaded[split] = Split(images, [path.name for path in files],
                                   [person(path) or path.stem for path in files], crc,
                                   [class_of(path) for path in files])
@@ -496,12 +523,30 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
     if len(set(shapes.values())) > 1:
         raise UserError(f"{root}: the splits differ in size (" + ", ".join(
             f"{s} {h}x{w}" for s, (h, w) in shapes.items()) + "); give --image-size")
-    for line in in_two_splits(
-            ((split, hash(image.tobytes()), f"{split}/{name}")
-             for split, (images, names, *_) in loaded.items()
-             for name, image in zip(names, images)), "pictures", "remove one copy"):
+    for line in in_two_splits(picture_keys(loaded, files_of), "pictures", "remove one copy"):
         raise UserError(f"{root}: {line}")
     return loaded
+
+
+def picture_keys(loaded: dict[str, Split], files_of: dict[str, list[Path]]
+                 ) -> Iterator[tuple[str, Hashable, str]]:
+    """(split, key, name) of each slice, for `in_two_splits`. Equal keys: equal pictures.
+
+    Slices that are equal at the image size alone are compared at their files' own, since two at
+    the top of the head may be the same few pixels.
+    """
+    splits_of: dict[int, set[str]] = {}
+    for split, (images, *_) in loaded.items():
+        for image in images:
+            splits_of.setdefault(hash(image.tobytes()), set()).add(split)
+    for split, (images, names, *_) in loaded.items():
+        paths = {path.name: path for path in files_of[split]}
+        for name, image in zip(names, images):
+            key = hash(image.tobytes())
+            if len(splits_of[key]) > 1:
+                own = read_gray(paths[name])
+                key = hash((own.size, own.tobytes()))
+            yield split, key, f"{split}/{name}"
 
 
 def warn_if_enlarged(files: list[Path], image_size: int | None) -> None:

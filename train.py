@@ -139,6 +139,8 @@ OPTIONS = {
         ("cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", None, Path),
         ("skip-bad", "go on without images that cannot be read or are no MR slices (default: off)",
          False, bool),
+        ("few-levels", "accept images of few grey levels, which are else rejected as segmentation "
+         "maps (default: off)", False, bool),
         ("augment", "probability of each of flip, rotation, scale, aspect and shift, of which the "
          "net is told (0: off)", None, fraction),
         ("condition", "what else the net is told: height in the head, class (cases.csv), or none; "
@@ -285,8 +287,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def draw_timesteps(count: int, cdf: Tensor) -> Tensor:
-    """(count,) timesteps from a cumulative distribution, float32 (T,), one from each of `count`
-    equal parts of its probability, in order.
+    """(count,) timesteps from a cumulative distribution, float32 (T,), in rising order: one from
+    each of `count` equal parts of its probability.
 
     Each timestep is as likely as by independent draws, and the loss varies less from step to
     step (the low-discrepancy sampler of Kingma et al. 2021). The slices' order is random, so
@@ -333,12 +335,14 @@ class Run:
     def loss(self, step: int, share: int = 0, shares: int = 1) -> Tensor:
         """Mean squared error of a share of a step's batch (Ho et al., algorithm 1), a scalar.
 
+        Every `shares`-th slice from `share` on, since the timesteps are in order.
+
         Slices, augmentation, labels, timesteps and noise of the whole batch depend on (seed, step)
         alone: it is the same batch in however many shares. Dropout depends on the share as well.
         """
         config, train = self.config, self.data["train"]
         count = config.batch_size
-        mine = slice(share * count // shares, (share + 1) * count // shares)
+        mine = slice(share, count, shares)
         indices = batch_indices(len(train), count, config.seed, step)[mine]
         images, labels = train[indices], None
         if self.labels.dim:
@@ -850,7 +854,8 @@ def finish(run: Run) -> None:
 def finished(run: Run) -> bool:
     """Whether the run's results, for these steps, are written already."""
     try:
-        return json.loads((run.folder / "results.json").read_text())["steps"] == run.config.steps
+        text = (run.folder / "results.json").read_text(encoding="utf-8")
+        return json.loads(text)["steps"] == run.config.steps
     except (OSError, ValueError, KeyError):
         return False
 
@@ -873,7 +878,8 @@ def prepare(args: argparse.Namespace) -> Run:
     if size is not None:
         make_configs(args, (size, size), device, 0)  # refuses before hours of decoding
     # A machine's first process decodes them, before the others read its cache.
-    load = partial(load_splits, args.data, size, args.cache, args.skip_bad)
+    load = partial(load_splits, args.data, size, args.cache, args.skip_bad,
+                   args.few_levels)
     loaded = together(load if os.environ.get("LOCAL_RANK", "0") == "0" else lambda: None)
     loaded = together(lambda: loaded or load())
     images, count = loaded["train"].images, len(loaded["train"].images)
@@ -946,6 +952,8 @@ def carry_out(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    if not hasattr(signal, "SIGUSR1"):
+        raise UserError("train.py needs Linux or macOS; on Windows, run it in WSL")
     join_processes()
     keep_freed_memory()
     args = together(parse_args)

@@ -2,6 +2,8 @@
 
 import math
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,11 +12,11 @@ import torch
 from PIL import Image
 
 import dataset
-from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, decode, draw_augmentations,
-                     draw_phantom, find_slices, fit, load_images, load_splits, person_of,
-                     phantom_slices, read_gray)
+from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, decode,
+                     draw_augmentations, draw_phantom, find_slices, fit, load_images, load_splits,
+                     person_of, phantom_slices, read_gray)
 from utils.cli import UserError
-from utils.files import to_uint8
+from utils.files import locked, to_uint8
 
 CPU = torch.device("cpu")
 
@@ -229,7 +231,7 @@ def test_a_full_disk_is_no_reason_to_stop(counted, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
     files, cache, _ = counted
     monkeypatch.setattr(dataset.np.lib.format, "write_array_header_1_0", full)
-    assert len(load_images(files, 16, cache)[0]) == 3 and not list(cache.iterdir())
+    assert len(load_images(files, 16, cache)[0]) == 3 and not list(cache.glob("*.npy*"))
     assert "No space left" in capsys.readouterr().err
 
 
@@ -253,7 +255,7 @@ def test_a_changed_file_is_decoded_again(counted):
 def test_a_damaged_cache_is_decoded_again(counted, damage, capsys):
     files, cache, decoded = counted
     good = load_images(files, 16, cache)[0].copy()
-    (kept,) = cache.iterdir()
+    (kept,) = cache.glob("*.npy")
     content = bytearray(kept.read_bytes())
     content[-5] ^= 1
     kept.write_bytes({"flip": content, "cut": content[:-40], "empty": b""}[damage])
@@ -434,3 +436,74 @@ def test_classes_come_from_cases_csv(data):
                                     "2,train,non-demented (CDR 0)\n3,train,\n")
     split = dataset.load_splits(data, 16)["train"]
     assert split.classes == ["CDR 1"] * 4 + ["CDR 0"] * 4 + [""] * 4
+
+
+def test_bright_vessels_make_no_label_map(tmp_path):
+    """0.3% of the head are ten times as bright as the rest, which has 16 grey levels."""
+    rng = np.random.default_rng(0)
+    pixels = np.zeros((100, 100), np.uint8)
+    pixels[20:80, 20:80] = rng.integers(10, 26, (60, 60))
+    pixels[30, 30:40] = 255
+    assert not dataset.is_label_map(pixels)
+    labels = np.zeros((100, 100), np.uint8)
+    labels[20:80, 20:80] = 60 * rng.integers(1, 4, (60, 60))
+    Image.fromarray(labels).save(tmp_path / "case_001_slice_0.png")
+    with pytest.raises(UserError, match="--few-levels"):
+        load_images([tmp_path / "case_001_slice_0.png"], None)
+    images, _ = load_images([tmp_path / "case_001_slice_0.png"], None, few_levels=True)
+    assert (images[0] == labels).all()
+
+
+def test_pictures_that_are_equal_only_when_small_are_two(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, case in (("train", 1), ("validate", 2)):
+        (tmp_path / split).mkdir()
+        pixels = np.full((64, 64), 100, np.uint8)
+        pixels[::2] += 10  # the mean is all that one pixel keeps
+        pixels[:, case] = rng.integers(0, 255, 64)
+        Image.fromarray(pixels).save(tmp_path / split / f"case_{case:03d}_slice_0.png")
+    same = [np.full((1, 4, 4), 7, np.uint8)] * 2
+    files = {split: sorted((tmp_path / split).iterdir()) for split in ("train", "validate")}
+    loaded = {split: dataset.Split(images, [files[split][0].name], [""], 0, [""])
+              for split, images in zip(files, same)}
+    keys = [key for _, key, _ in dataset.picture_keys(loaded, files)]
+    assert keys[0] != keys[1]
+    files["validate"][0].write_bytes(files["train"][0].read_bytes())
+    keys = [key for _, key, _ in dataset.picture_keys(loaded, files)]
+    assert keys[0] == keys[1]
+
+
+def test_the_least_recently_used_sets_leave_the_cache(data, tmp_path, monkeypatch):
+    folder = tmp_path / "kept"
+    files = sorted((data / "train").iterdir())
+    for size in (16, 17, 18):
+        load_images(files, size, folder)
+    (folder / "notes.npy").write_bytes(bytes(10_000))  # not ours
+    kept = {size: dataset.cache_file(files, size, folder) for size in (16, 17, 18)}
+    for age, size in enumerate((16, 18, 17)):
+        os.utime(kept[size], (1e9 - age, 1e9 - age))
+    load_images(files, 17, folder)  # now used last
+    monkeypatch.setattr(dataset, "CACHE_LIMIT", 2 * kept[18].stat().st_size)
+    dataset.prune_cache(folder)
+    assert {size: path.exists() for size, path in kept.items()} == {16: True, 17: True, 18: False}
+    dataset.prune_cache(folder, 0)
+    assert kept[17].exists() and (folder / "notes.npy").exists()
+
+
+def test_a_lock_holds_for_those_who_came_while_others_waited(tmp_path):
+    """A lock file that is removed lets a third process in while the second one works."""
+    path, inside, most = tmp_path / "lock", [], []
+
+    def work():
+        with locked(path):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(most) == 8

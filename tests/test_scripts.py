@@ -206,3 +206,21 @@ def test_out_of_memory_is_one_line(data, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(train.Run, "train_step", greedy)
     refused("train.py", ["--data", data, "--run", "r", *SMALL], "out of memory",
             "--batch-size 4 --accumulate 1", "a larger --accumulate")
+
+
+def test_imports_without_what_windows_lacks():
+    """predict.py and the tools work there; train.py says in one line that it does not."""
+    code = """
+import signal, sys
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+for name in ("SIGUSR1", "SIGPIPE"):
+    delattr(signal, name)
+import predict, tools.inspect, tools.prepare, train
+from utils.cli import run_cli
+run_cli(train.main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == "error: train.py needs Linux or macOS; on Windows, run it in WSL\n"

@@ -6,6 +6,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,32 +35,34 @@ def facts_of(image: Image.Image, kind: str) -> Facts:
                  fit(image, 128))
 
 
-def survey(path: Path) -> Facts:
+def survey(path: Path, few_levels: bool) -> Facts:
     """Reads and checks one file. Raises BadSlice."""
-    image = read_slice(path)
+    image = read_slice(path, few_levels)
     with Image.open(path) as header:
         bits = 16 if header.mode.startswith("I") else 8
         return facts_of(image, f"{image.width}x{image.height} {header.format} {bits} bits "
                                f"{header.mode}")
 
 
-def survey_splits(root: Path | None) -> dict[str, list[tuple[Path, Facts | BadSlice]]]:
+def survey_splits(root: Path | None, few_levels: bool
+                  ) -> dict[str, list[tuple[Path, Facts | BadSlice]]]:
     """Split -> its files, each with what is noted of it or wrong with it; phantoms for None."""
     if root is None:
         return {split: [(Path(name), facts_of(Image.fromarray(image), "phantom"))
                         for name, image in zip(phantoms.names, phantoms.images)]
                 for split, phantoms in load_splits(None, 128).items()}
-    return {split: list(zip(files, in_parallel(survey, files, "reading")))
+    read = partial(survey, few_levels=few_levels)
+    return {split: list(zip(files, in_parallel(read, files, "reading")))
             for split, files in find_slices(root).items() if files}
 
 
-def inspect(root: Path | None, picture: Path) -> None:
+def inspect(root: Path | None, picture: Path, few_levels: bool = False) -> None:
     """Prints what a root holds, split by split, and saves a picture of random slices.
 
     Raises UserError, after the report, if train.py would refuse the root.
     """
     person = person_finder(root) if root else person_of
-    found = survey_splits(root)
+    found = survey_splits(root, few_levels)
     bad, kept, rows = [], [], []
     print(f"{root or 'phantoms (no data given)'}")
     for split, results in found.items():
@@ -109,8 +112,11 @@ def main() -> None:
                         help="folder of slices (default: the built-in phantoms)")
     parser.add_argument("--out", type=Path, default=Path("inspect.png"), metavar="FILE",
                         help="where the picture goes (default: %(default)s)")
+    parser.add_argument("--few-levels", action="store_true",
+                        help="accept images of few grey levels, as train.py --few-levels does "
+                             "(default: off)")
     args = parser.parse_args()
-    inspect(args.root, args.out)
+    inspect(args.root, args.out, args.few_levels)
 
 
 if __name__ == "__main__":

@@ -145,14 +145,15 @@ def picture_scans(root: Path, files: list[Path]) -> list[Scan]:
 def cut_scan(scan: Scan, cutting: Cutting) -> tuple[dict[int, np.ndarray], list[BadSlice]]:
     """The slices of a scan, uint8 (S, S) by number, and what of it cannot be used."""
     if scan.files[0].suffix.lower() in EXTENSIONS:
-        return cut_pictures(scan.files)
+        return cut_pictures(scan.files, cutting.few_levels)
     try:
         return cut_file(scan.files[0], cutting, scan.source), []
     except BadSlice as error:
         return {}, [error]
 
 
-def cut_pictures(paths: list[Path]) -> tuple[dict[int, np.ndarray], list[BadSlice]]:
+def cut_pictures(paths: list[Path], few_levels: bool = False
+                 ) -> tuple[dict[int, np.ndarray], list[BadSlice]]:
     """Pictures of one series, padded to squares; see `cut_scan`."""
     slices, taken, bad = {}, {}, []
     for path in paths:
@@ -161,7 +162,7 @@ def cut_pictures(paths: list[Path]) -> tuple[dict[int, np.ndarray], list[BadSlic
             if number in taken:
                 raise BadSlice(path, f"has the number of {taken[number]}",
                                "remove one of the two, or number them apart")
-            image = read_slice(path)
+            image = read_slice(path, few_levels)
             slices[number], taken[number] = fit(image, max(image.size)), path
         except BadSlice as error:
             bad.append(error)
@@ -192,10 +193,10 @@ class Preparation:
     Raises UserError for an OUT that is something else, or was made with other settings.
     """
 
-    def __init__(self, out: Path, settings: dict, skip_bad: bool):
+    def __init__(self, out: Path, settings: dict, skip_bad: bool, few_levels: bool = False):
         self.out, self.staged, self.note = out, out / ".staged", out / "prepare.json"
         self.settings, self.skip_bad = settings, skip_bad
-        self.cutting = Cutting(settings["slices"], *settings["range"])
+        self.cutting = Cutting(settings["slices"], *settings["range"], few_levels)
         self.bad: list[BadSlice] = []
         self.lock, self.stop = threading.Lock(), threading.Event()
         tars_done = self.read_note()
@@ -221,7 +222,7 @@ class Preparation:
                                 "folder")
             write_json(self.note, {"settings": self.settings, "tars": []})
         try:
-            before = json.loads(self.note.read_text())
+            before = json.loads(self.note.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.note}: cannot be read ({error}); give a new folder") from None
         if before["settings"] != self.settings:
@@ -337,7 +338,8 @@ class Preparation:
 
         Raises UserError if a picture stands in two splits, or nothing is left.
         """
-        new = [json.loads(path.read_text()) for path in sorted(self.staged.glob("*/scan.json"))]
+        new = [json.loads(path.read_text(encoding="utf-8"))
+               for path in sorted(self.staged.glob("*/scan.json"))]
         split_of = {row["person"]: row["split"] for row in [*new, *self.rows.values()]
                     if row.get("split")}
         split_of = assign_splits([row["person"] for row in new], split_of,
@@ -375,7 +377,8 @@ class Preparation:
             raise UserError(f"{self.out}: {line}")
 
 
-def prepare(sources: list[Path], out: Path, settings: dict, workers: int, skip_bad: bool) -> None:
+def prepare(sources: list[Path], out: Path, settings: dict, workers: int, skip_bad: bool,
+            few_levels: bool = False) -> None:
     """Makes the report's layout of any sources; what a former call has done is kept.
 
     settings: slices, range, ratios and seed as main's options. Raises UserError.
@@ -388,7 +391,7 @@ def prepare(sources: list[Path], out: Path, settings: dict, workers: int, skip_b
     scans = merge_scans([scan for _, group in found for scan in group])
     try:
         with locked(out / ".lock", wait=False):
-            work = Preparation(out, settings, skip_bad)
+            work = Preparation(out, settings, skip_bad, few_levels)
             work.run(tars, scans, workers)
             work.finish()
     except BlockingIOError:
@@ -429,9 +432,11 @@ def main() -> None:
     add("--workers", type=positive_int, default=os.cpu_count(), metavar="N",
         help="volumes in memory at a time, one per worker")
     add("--skip-bad", action="store_true", help="go on without files that cannot be used")
+    add("--few-levels", action="store_true", help="accept images and volumes of few grey levels, "
+        "which are else rejected as segmentation maps")
     args = parser.parse_args()
     settings = {key: getattr(args, key) for key in ("slices", "range", "ratios", "seed")}
-    prepare(args.sources, args.out, settings, args.workers, args.skip_bad)
+    prepare(args.sources, args.out, settings, args.workers, args.skip_bad, args.few_levels)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Cutting(NamedTuple):
     slices: int = 32
     low: float = 0.2
     high: float = 0.85
+    few_levels: bool = False  # accept what looks like a label map
 
 
 def upright(image, name: str) -> tuple[np.ndarray, tuple[float, float]]:
@@ -74,9 +75,9 @@ def cut_volume(volume: np.ndarray, zooms: tuple[float, float], cutting: Cutting,
     planes = np.rint(low + (high - low) * shares).astype(int)
     levels = (255 / white * volume[:, ::-1, planes].transpose(2, 1, 0).astype(np.float32))
     levels = np.rint(levels.clip(0, 255)).astype(np.uint8)
-    if is_label_map(levels):
+    if not cutting.few_levels and is_label_map(levels):
         raise BadSlice(name, "has few grey levels, as a segmentation map",
-                       "give the T1-weighted volume")
+                       "give the T1-weighted volume, or --few-levels if it is one")
     if len(set(planes)) < cutting.slices:
         raise BadSlice(name, f"its brain is {high - low + 1} planes high, too low for "
                        f"{cutting.slices} slices", "give fewer --slices or a wider --range")

@@ -51,7 +51,7 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # as of `inspect ROOT | head`; what is still to be flushed, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + 13)  # SIGPIPE, which Windows lacks
     except (UserError, MemoryError, RuntimeError) as error:
         if not isinstance(error, UserError) and not out_of_memory(error):
             raise

@@ -5,7 +5,6 @@ import ctypes
 import os
 import platform
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -57,7 +56,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
+        flags = ""
+        if device.type == "cpu" and cpuinfo.exists():
+            flags = cpuinfo.read_text(encoding="utf-8")
         native = "avx512_bf16" in flags or "amx_bf16" in flags
     return torch.bfloat16 if native else torch.float32
 
@@ -69,7 +70,7 @@ def keep_freed_memory() -> None:
     (tests/benchmarks/train_speed.py --ablate shows the cost). Does nothing without glibc.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # the numbers of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
@@ -86,6 +87,7 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory so far, in GiB: of the card, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -95,6 +97,7 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    found = re.search("model name.*: (.*)", text)
     model = found[1] if found else platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} threads"

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import os
@@ -15,6 +14,11 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from utils.cli import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def write_atomic(path: Path, write: Callable) -> None:
@@ -75,11 +79,13 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Holds a lock file while one process works for all. Raises BlockingIOError if not to wait."""
+    """Holds a lock file while one process works for all. Raises BlockingIOError if not to wait.
+
+    The file stays: whoever waits holds the lock of the file that was there, and a new file would
+    let a third one in. On Windows, nothing is locked, and two processes may do the same work.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
