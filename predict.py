@@ -1,6 +1,6 @@
 """Samples brain slices out of noise with a trained model.
 
-    python predict.py                          the shipped model
+    python predict.py                          the shipped native model, or --model 64
     python predict.py --checkpoint RUN         a run folder, its checkpoint.pt or model.safetensors
     python predict.py --checkpoint latest      the newest run under runs/
 
@@ -187,8 +187,9 @@ def generate(denoise: Denoiser, shape: tuple[int, int, int], seeds: list[int], o
 def parse_args() -> argparse.Namespace:
     parser = Parser(description="Samples brain MRI slices out of noise.")
     add = parser.add_argument
-    add("--model", choices=SHIPPED, default="64",
-        help="shipped model: 64x64 pixels (default: %(default)s)")
+    add("--model", choices=SHIPPED, default="native",
+        help="shipped model: native, 176x208 pixels, told heights and classes; or 64, 64x64 pixels "
+             "(default: %(default)s)")
     add("--checkpoint", metavar="RUN_OR_FILE",
         help="run folder, checkpoint.pt, model.safetensors, or 'latest' for the newest run under "
              "runs/ (default: a shipped model, see --model)")

@@ -319,7 +319,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, metavar="ROOT",
         help="folder of real slices (default: the built-in phantoms)")
-    add("--model", choices=SHIPPED, default="64", help="shipped model (default: %(default)s)")
+    add("--model", choices=SHIPPED, default="native",
+        help="shipped model (default: %(default)s)")
     add("--checkpoint", metavar="RUN_OR_FILE",
         help="run folder, checkpoint.pt, model.safetensors or 'latest' (default: the shipped "
              "model); with --slices, the model that they are said to come from")

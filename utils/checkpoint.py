@@ -14,7 +14,7 @@ from utils.device import out_of_memory
 
 FORMAT = "oasis-diffusion-1"
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
-SHIPPED = {"64": WEIGHTS / "oasis-64.safetensors"}
+SHIPPED = {"native": WEIGHTS / "oasis-native.safetensors", "64": WEIGHTS / "oasis-64.safetensors"}
 
 
 class Damaged(UserError):
