@@ -45,7 +45,8 @@ def command(data, tmp_path, monkeypatch):
 def quick_pictures(monkeypatch):
     """Two slices of two steps instead of sixteen of fifty."""
     real = script.Run.sample
-    monkeypatch.setattr(script.Run, "sample", lambda run: real(run, 2, 2))
+    monkeypatch.setattr(script.Run, "sample", lambda run: real(
+        run, 2, replace(script.QUALITY["default"], steps=2)))
 
 
 def arguments(data, *options) -> list[str]:
