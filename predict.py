@@ -131,7 +131,7 @@ def make_denoiser(model: Model, args: argparse.Namespace, device: torch.device) 
         option = "--guidance" if args.guidance is not None else "--guidance-interval"
         raise UserError(f"{option} needs a model to guide away from, since {model.path} has no "
                         "labels; give --guide CHECKPOINT")
-    guidance = (1.5 if asked or args.guide else 1.0) if args.guidance is None else args.guidance
+    guidance = (1.5 if args.guide else 1.0) if args.guidance is None else args.guidance
     if not 0 <= guidance < math.inf:
         raise UserError(f"--guidance {guidance}: give a number from 0 on; 1 is no guidance")
     low, high = args.guidance_interval or (0.0, math.inf)
@@ -238,14 +238,14 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("guidance").add_argument
     add("--guide", metavar="RUN_OR_FILE",
-        help="a weaker model of the same data, smaller or less trained, to guide away from (Karras "
-             "et al. 2024; default: none)")
+        help="a weaker model of the same data, smaller or less trained, to guide away from, as in "
+             "Karras et al. 2024 (default: the model itself without its labels)")
     add("--guidance", type=float, metavar="W",
-        help="guide + W (model - guide); 1 is none (default: 1.5 with --guide)")
+        help="guide + W (model - guide); 1 is none (default: 1.5 with --guide, else 1)")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="sigmas between which to guide (default: all)")
     add("--epsilon-scale", type=positive_float, default=1.0, metavar="S",
-        help="divides the predicted noise; above 1 sharpens (Ning et al. 2024; default: 1)")
+        help="divides the predicted noise; above 1 sharpens, Ning et al. 2024 (default: 1)")
     return parser.parse_args()
 
 
