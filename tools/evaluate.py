@@ -1,0 +1,428 @@
+"""Measures how good generated slices are, beside the floor, and whether they copy train slices.
+
+    python -m tools.evaluate --data ROOT                      the shipped model
+    python -m tools.evaluate --data ROOT --checkpoint RUN     another one
+    python -m tools.evaluate --data ROOT --slices DIR         PNGs that any program wrote
+    python -m tools.evaluate --data ROOT --compare ddim:50 ddpm:100
+
+Every number stands beside its floor: the same measure for as many real slices of unseen subjects
+(validate and test). Writes evaluation.json and evaluation.png (one page), and prints the table.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataset import (BadSlice, Parser, Split, UserError, images_in, load_splits, positive_int,
+                     progress_bar, read_gray, run_cli, slice_number, to_uint8, write_json)
+from modules import SAMPLERS, choose_dtype, keep_freed_memory
+from predict import Model, find_model, load_model, sample_batch
+from tools.audit import SHOWN, judge, nearest
+from tools.evaluation_page import draw_page
+from tools.features import INSTALL, cached_features, extract, load_network
+from tools.measures import (MEASURES, Measure, Sample, TooFew, bootstrap, histogram, interval,
+                            shuffled, spectrum_curve)
+from train import local_device, seed_number
+
+NUM = 400  # slices that are drawn
+LISTED = 20  # slices that a verdict names
+
+# ---------------------------------------------------------------------------------------------
+# Slices: drawn, read from a folder, and real ones
+# ---------------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """How slices are drawn."""
+
+    sampler: str
+    steps: int
+
+
+def setting(text: str) -> Setting:
+    """An argparse type: ddim:50 -> Setting("ddim", 50)."""
+    sampler, _, steps = text.partition(":")
+    if sampler not in SAMPLERS or not steps.isdigit() or int(steps) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SAMPLER:STEPS, such as ddim:50, with "
+                                         f"one of the samplers {', '.join(SAMPLERS)}")
+    return Setting(sampler, int(steps))
+
+
+def draw_slices(model: Model, how: Setting, seeds: list[int], batch_size: int,
+                device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Samples slices, uint8 (N, H, W), and counts the network calls that each took."""
+    images, calls = [], []
+    counter = model.net.register_forward_hook(lambda *_: calls.append(1))
+    batches = [seeds[i:i + batch_size] for i in range(0, len(seeds), batch_size)]
+    with progress_bar(len(seeds), f"sampling {how.sampler}:{how.steps}", "slice") as bar:
+        for batch in batches:
+            for state in sample_batch(model, batch, batch_size, how.steps, sampler=how.sampler,
+                                      eta=0.0, device=device, dtype=dtype):
+                pass
+            images.append(to_uint8(state)[:, 0])
+            bar.update(len(batch))
+    counter.remove()
+    return torch.cat(images), len(calls) // len(batches)
+
+
+def read_folder(folder: Path, num: int | None) -> tuple[Tensor, list[str]]:
+    """The slices in a folder, uint8 (N, H, W), and their names, but for predict.py's overviews.
+
+    The first `num` by a digest of their pixels, so that names do not matter. Raises UserError
+    for no images, one that cannot be read, or different sizes.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--slices {folder}: no such folder; give one that holds images")
+    paths = [path for path in images_in(folder) if path.name not in ("grid.png", "reverse.png")]
+    if not paths:
+        raise UserError(f"--slices {folder}: holds no images; give a folder of PNG slices")
+    images = []
+    with progress_bar(len(paths), "reading", "slice") as bar:
+        for path in paths:
+            pixels = np.asarray(read_gray(path)).round().clip(0, 255).astype(np.uint8)
+            if images and pixels.shape != images[0].shape:
+                raise BadSlice(path, f"is {size_text(pixels.shape)}, {paths[0].name} "
+                               f"{size_text(images[0].shape)}", "give slices of one size")
+            images.append(pixels)
+            bar.update()
+    images = torch.from_numpy(np.stack(images))
+    kept = by_content(images)[:num]
+    return images[kept], [paths[i].name for i in kept.tolist()]
+
+
+def size_text(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]} pixels (rows x columns)"
+
+
+def by_content(images: Tensor) -> Tensor:
+    """The rows in the order of their SHA-256: what follows cannot depend on names or order."""
+    digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+    return torch.tensor(sorted(range(len(digests)), key=digests.__getitem__))
+
+
+def load_data(root: Path | None, shape: tuple[int, int], source: str) -> dict[str, Split]:
+    """The splits at the size of the slices. Raises UserError if they do not come in that size."""
+    splits = load_splits(root, shape[0] if shape[0] == shape[1] else None)
+    own = splits["train"].images.shape[1:]
+    if own != shape:
+        raise UserError(f"{source}: slices of {size_text(shape)}, those of {root or 'phantoms'} "
+                        f"have {size_text(own)}; give slices of that size, or square ones")
+    return splits
+
+
+def real_sample(parts: list[Split], lowest: int, span: int, net: nn.Module) -> Sample:
+    """One sample of some splits, in the order of content. Heights are 0 at slice `lowest`."""
+    images = torch.from_numpy(np.concatenate([part.images for part in parts]))
+    names = [name for part in parts for name in part.names]
+    people = [who for part in parts for who in part.people]
+    order = by_content(images)
+    images, order = images[order], order.tolist()
+    number_of = {}
+    groups = [number_of.setdefault(people[i], len(number_of)) for i in order]
+    heights = [(slice_number(names[i]) - lowest) / span for i in order]
+    return Sample(images, cached_features(net, images), torch.tensor(groups),
+                  torch.tensor(heights), [names[i] for i in order])
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """The real side, worked out once for any number of samples.
+
+    train; unseen: validate and test together, or None; null: the nearest train slices of unseen.
+    """
+
+    def __init__(self, splits: dict[str, Split], net: nn.Module):
+        numbers = [slice_number(name) for name in splits["train"].names]
+        scale = min(numbers), max(1, max(numbers) - min(numbers))
+        self.net, self.floors = net, {}
+        self.train = real_sample([splits["train"]], *scale, net)
+        others = [splits[name] for name in ("validate", "test") if name in splits]
+        self.unseen = real_sample(others, *scale, net) if others else None
+        if self.unseen:
+            mirrored = cached_features(net, self.unseen.images.flip(2))
+            self.null = nearest(self.train, self.unseen, mirrored)
+
+    def floor_sample(self, count: int) -> Sample:
+        """As many unseen slices as there are generated ones, or all."""
+        return self.unseen.take(shuffled(len(self.unseen))[:count])
+
+    def floor(self, name: str, count: int) -> dict:
+        """The value of a measure for unseen subjects, and its interval."""
+        if (name, count) not in self.floors:
+            self.floors[name, count] = measured(MEASURES[name], self.train,
+                                                self.floor_sample(count))
+        return self.floors[name, count]
+
+
+def measured(measure: Measure, train: Sample, sample: Sample) -> tuple[float, tuple[float, float]]:
+    """A measure's value for a sample, and its 95% interval. Raises TooFew."""
+    estimate = measure.build(train, sample)
+    value = estimate(torch.arange(len(sample)))
+    ends = interval(torch.tensor(value, dtype=torch.float64), bootstrap(estimate, sample.groups),
+                    measure.low, measure.high)
+    return value, tuple(end.item() for end in ends)
+
+
+def assess(reference: Reference, images: Tensor, names: list[str]) -> dict:
+    """All that evaluation.json says of one sample, uint8 (N, H, W), and the pairs' pictures."""
+    order = by_content(images)
+    images, names = images[order], [names[i] for i in order.tolist()]
+    sample = Sample(images, extract(reference.net, images), torch.arange(len(images)),
+                    torch.zeros(len(images)), names)
+    found = nearest(reference.train, sample, extract(reference.net, images.flip(2)))
+    sample.heights = found.heights
+    result = {"measures": {}, "left_out": {}}
+    # The floor's size bounds the sample's: many measures depend on the number of slices.
+    count = min(len(sample), len(reference.unseen) if reference.unseen else len(sample))
+    part = sample if count == len(sample) else sample.take(shuffled(len(sample))[:count])
+    with progress_bar(len(MEASURES), "measures", "measure") as bar:
+        for name, measure in MEASURES.items():
+            try:
+                value, ends = measured(measure, reference.train, part)
+                floor = reference.floor(name, count) if reference.unseen else (None, None)
+                result["measures"][name] = {"value": value, "floor": floor[0],
+                                            "interval": floor[1], "value_interval": ends}
+            except TooFew as error:
+                result["left_out"][name] = f"needs {error}"
+            bar.update()
+    add_audit(result, reference, sample, found)
+    result["curves"] = curves(reference, part, count)
+    result["summary"] = summary(result)
+    return result
+
+
+def worse_than_real(row: dict, worse: str) -> bool:
+    """Whether the value's interval lies beyond the floor's, on the side that is worse."""
+    (low, high), (floor_low, floor_high) = row["value_interval"], row["interval"]
+    return low > floor_high if worse == "high" else high < floor_low
+
+
+def summary(result: dict) -> list[str]:
+    """What the numbers say, in a few sentences."""
+    rows = {name: row for name, row in result["measures"].items() if row["floor"] is not None}
+    for name, row in rows.items():
+        worse = MEASURES[name].worse if name in MEASURES else "high"
+        row["as_real"] = not worse_than_real(row, worse)
+    lines = []
+    if "spectrum_floor" in result["curves"]:
+        lines.append(sharpness(result["curves"]))
+    for verdict, text in ((True, "As unseen subjects"), (False, "Worse than unseen subjects")):
+        names = [name for name, row in rows.items() if row["as_real"] == verdict]
+        lines += [f"{text}: {', '.join(names)}."] if names else []
+    return [*lines, result["verdict"]]
+
+
+def sharpness(curves: dict) -> str:
+    """The finer half of the spectrum in words."""
+    half = len(curves["spectrum"]) // 2
+    ratio, low, high = (float(np.exp(np.mean(np.log(np.maximum(curve[half:], 1e-12)))))
+                        for curve in (curves["spectrum"], *curves["spectrum_floor"]))
+    kind = "Too smooth" if ratio < low else "Too noisy" if ratio > high else "Sharp as real ones"
+    return (f"{kind}: the finer half of the spectrum has {ratio:.0%} of train's power (unseen "
+            f"subjects: {low:.0%} to {high:.0%}).")
+
+
+def add_audit(result: dict, reference: Reference, sample: Sample, found) -> None:
+    """The audit's two measures, its verdict and the closest pairs."""
+    closest = found.pixels.argsort(descending=True, stable=True)[:SHOWN]
+    result["pairs"] = [{"slice": sample.names[i], "train": reference.train.names[found.rows[i]],
+                        "correlation": found.pixels[i].item()} for i in closest.tolist()]
+    result["pictures"] = [(sample.images[i], reference.train.images[found.rows[i]])
+                          for i in closest.tolist()]
+    if not reference.unseen:
+        result["left_out"]["memorisation"] = "needs unseen subjects: validate or test slices"
+        result["verdict"] = "Copying: not audited, for lack of unseen subjects (validate, test)."
+        return
+    verdicts = {}
+    for name, kind in (("memorisation", "pixels"), ("memorisation_features", "features")):
+        verdict = judge(getattr(found, kind), getattr(reference.null, kind),
+                        reference.unseen.groups)
+        verdicts[kind] = verdict
+        result["measures"][name] = {
+            "value": verdict.share, "floor": verdict.floor,
+            "interval": (verdict.low, verdict.high), "value_interval": verdict.interval,
+            "threshold": verdict.threshold}
+    result["nearest"] = {"median": found.pixels.median().item(),
+                         "unseen_median": reference.null.pixels.median().item()}
+    result["copies"] = [sample.names[row] for row in verdicts["pixels"].copies]
+    result["verdict"] = in_words(sample, found, verdicts, result["copies"])
+
+
+def in_words(sample: Sample, found, verdicts: dict, copies: list[str]) -> str:
+    """The audit's verdict in a sentence or two."""
+    convicted = [kind for kind, verdict in verdicts.items() if verdict.share > verdict.high]
+    text = []
+    if copies:
+        text.append(f"{len(copies)} of {len(sample)} slices are copies, twice as near to a train "
+                    f"slice as any slice of an unseen subject: " + listed(copies))
+    for kind in convicted:
+        verdict = verdicts[kind]
+        rows = torch.nonzero(getattr(found, kind) > verdict.threshold)[:, 0].tolist()
+        text.append(f"{len(rows)} of {len(sample)} slices ({verdict.share:.1%}; unseen subjects: "
+                    f"up to {verdict.high:.1%}) are nearer to train in {kind} than the 99th "
+                    f"percentile of unseen subjects: " + listed([sample.names[i] for i in rows]))
+    if not text:
+        return "No sign of copying beyond what unseen subjects show."
+    return "; ".join(text) + ". The closest pairs are in evaluation.png."
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + ", ..." * (len(names) > LISTED)
+
+
+def curves(reference: Reference, part: Sample, count: int) -> dict:
+    """The spectrum by frequency and the histogram, each with the floor's band."""
+    train = reference.train
+    ratio = spectrum_curve(train, part)(torch.arange(len(part)))
+    result = {"cycles_per_image": list(range(1, len(ratio) + 1)), "spectrum": ratio.tolist(),
+              "histogram": part.once(histogram).mean(0).tolist(),
+              "histogram_train": train.once(histogram).mean(0).tolist()}
+    if reference.unseen:
+        floor = reference.floor_sample(count)
+        curve = spectrum_curve(train, floor)
+        band = interval(curve(torch.arange(len(floor))), bootstrap(curve, floor.groups), 0,
+                        float("inf"))
+        result["spectrum_floor"] = [end.tolist() for end in band]
+        levels = floor.once(histogram)
+        band = interval(levels.mean(0), bootstrap(lambda rows: levels[rows].mean(0),
+                                                  floor.groups), 0, 1)
+        result["histogram_floor"] = [end.tolist() for end in band]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# Reporting
+# ---------------------------------------------------------------------------------------------
+
+
+def table(result: dict) -> str:
+    """The measures beside their floors, one a line."""
+    lines = [f"{'measure':24s}{'value':>9s}  {'95% interval':20s}{'floor':>9s}  95% interval"]
+    for name, row in result["measures"].items():
+        ends = [f"{low:.4f} to {high:.4f}" if row["floor"] is not None else "-" for low, high in
+                (row["value_interval"], row["interval"] or (0, 0))]
+        floor = "-" if row["floor"] is None else f"{row['floor']:.4f}"
+        lines.append(f"{name:24s}{row['value']:9.4f}  {ends[0]:20s}{floor:>9s}  {ends[1]}")
+    lines += [f"{name:24s} left out: {why}" for name, why in result["left_out"].items()]
+    return "\n".join([*lines, *result["summary"]])
+
+
+def rounded(values):
+    """The same with floats to six significant digits."""
+    if isinstance(values, dict):
+        return {key: rounded(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [rounded(value) for value in values]
+    return float(f"{values:.6g}") if isinstance(values, float) else values
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(prog="python -m tools.evaluate", description="Measures generated slices beside "
+                    "unseen real ones, and looks for copies of train slices.")
+    add = parser.add_argument
+    add("--data", type=Path, metavar="ROOT",
+        help="folder of real slices (default: the built-in phantoms)")
+    add("--checkpoint", metavar="RUN_OR_FILE",
+        help="run folder, checkpoint.pt, model.safetensors or 'latest' (default: the shipped "
+             "model); with --slices, the model that they are said to come from")
+    add("--slices", type=Path, metavar="DIR", help="evaluate the images in DIR, draw none")
+    add("--num", type=positive_int, metavar="N",
+        help=f"how many slices (default: {NUM}, or all that --slices holds)")
+    add("--out", type=Path, default=Path("evaluation"), metavar="DIR",
+        help="folder for evaluation.json and evaluation.png (default: %(default)s)")
+    add("--compare", type=setting, nargs="+", metavar="SAMPLER:STEPS",
+        help="evaluate each of these and plot quality against network calls")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="(default: %(default)s)")
+    add("--steps", type=positive_int, metavar="N",
+        help="reverse steps (default: 50 for ddim, all for ddpm)")
+    add("--seed", type=seed_number, default=0, metavar="K",
+        help="seed of the first slice that is drawn (default: %(default)s)")
+    add("--features", type=Path, metavar="FILE.pt",
+        help="TorchScript network, float32 (B, 3, S, S) from 0 to 255 -> (B, D) (default: "
+             "EfficientNet-Lite0, trained on ImageNet)")
+    add("--batch-size", type=positive_int, default=16, metavar="B", help="(default: %(default)s)")
+    add("--device", default="auto", metavar="D", help="where to sample (default: the fastest)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="type the network samples in (default: bfloat16 where the hardware has it)")
+    args = parser.parse_args()
+    if args.slices and args.compare:
+        raise UserError("--compare draws slices itself; leave out --slices")
+    return args
+
+
+def settings_of(args: argparse.Namespace, model: Model) -> list[Setting]:
+    """The settings to draw with. Raises UserError for more steps than the model has."""
+    total = model.scheduler.config.num_train_timesteps
+    steps = args.steps or (total if args.sampler == "ddpm" else min(50, total))
+    settings = args.compare or [Setting(args.sampler, steps)]
+    for how in settings:
+        if how.steps > total:
+            raise UserError(f"{how.sampler}:{how.steps}: the model was trained with {total} "
+                            "steps; give no more")
+    return settings
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Everything that evaluation.json holds, and the pictures of the page."""
+    net = load_network(args.features)
+    device = local_device(args.device)
+    model = None if args.slices and not args.checkpoint else \
+        load_model(find_model(args.checkpoint), device)
+    result = {"num": args.num or NUM, "size": None, "data": str(args.data or "phantoms"),
+              "model": str(args.checkpoint or model.path.name) if model else str(args.slices),
+              "features": net.name}
+    if args.slices:
+        images, names = read_folder(args.slices, args.num)
+        shape = tuple(images.shape[1:])
+        if model and tuple(model.net.config.sample_size) != shape:
+            raise UserError(f"--slices {args.slices}: slices of {size_text(shape)}, the model of "
+                            f"--checkpoint draws {size_text(model.net.config.sample_size)}")
+        reference = Reference(load_data(args.data, shape, f"--slices {args.slices}"), net)
+        result |= {"num": len(images)} | assess(reference, images, names)
+    else:
+        shape = tuple(model.net.config.sample_size)
+        settings = settings_of(args, model)
+        reference = Reference(load_data(args.data, shape, str(model.path)), net)
+        seeds = list(range(args.seed, args.seed + result["num"]))
+        compared = []
+        for how in settings:
+            images, calls = draw_slices(model, how, seeds, args.batch_size, device,
+                                        choose_dtype(args.dtype, device))
+            found = assess(reference, images, [f"seed {seed}" for seed in seeds])
+            compared.append({"sampler": how.sampler, "steps": how.steps, "calls": calls,
+                             "first_seed": args.seed, **found})
+            print(f"{how.sampler}:{how.steps}\n{table(found)}" if args.compare else "", end="\n")
+        result |= compared[0]
+        if args.compare:
+            result["compare"] = compared
+    result["size"] = list(shape)
+    return result
+
+
+def main() -> None:
+    args = parse_args()
+    keep_freed_memory()
+    try:
+        import torchmetrics  # noqa: F401
+    except ImportError:
+        raise UserError(f"torchmetrics is not installed; {INSTALL}") from None
+    result = evaluate(args)
+    print(table(result))
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_page(result, args.out / "evaluation.png")
+    for part in [result, *result.get("compare", [])]:
+        part.pop("pictures", None)
+    write_json(args.out / "evaluation.json", rounded(result))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,161 @@
+"""The page of an evaluation: curves, closest pairs and the numbers, as one picture."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+
+from dataset import write_atomic
+from tools.measures import MEASURES
+
+REAL, GENERATED, GOOD, BAD = "#8a8f98", "#1f5fa8", "#2a7f4f", "#b5442c"
+TITLES = {name: measure.title for name, measure in MEASURES.items()} | {
+    "memorisation": "Copying: share nearer than unseen's 99th percentile",
+    "memorisation_features": "Copying: the same in features"}
+INDENT = {"fontsize": 9, "loc": "left"}
+
+
+def draw_page(result: dict, path: Path) -> None:
+    """Writes evaluation.png. result: of `tools.evaluate`, with the pictures of the pairs."""
+    compared = result.get("compare", [])
+    heights = [2.9, 3.3, 0.34 * len(result["measures"]) + 0.6] + [2.6] * bool(compared)
+    with plt.rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = plt.figure(figsize=(10, sum(heights) + 1.1), layout="constrained")
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.02)
+        figure.suptitle("\n".join([heading(result), *result["summary"]]), fontsize=9.5, x=0.01,
+                        ha="left")
+        left, right = parts[0].subplots(1, 2)
+        draw_spectrum(left, result["curves"])
+        draw_histogram(right, result["curves"])
+        draw_pairs(parts[1], result)
+        draw_numbers(parts[2], result["measures"])
+        if compared:
+            draw_comparison(parts[3], compared)
+        write_atomic(path, lambda file: figure.savefig(file, dpi=110))
+        plt.close(figure)
+
+
+def heading(result: dict) -> str:
+    height, width = result["size"]
+    drawn = f", {result['sampler']} {result['steps']} steps" if "sampler" in result else ""
+    return (f"{result['model']}{drawn}: {result['num']} slices of {height}x{width} pixels beside "
+            f"the train split of {result['data']}")
+
+
+def draw_spectrum(axes, curves: dict) -> None:
+    """Power of the sample over train's by frequency, with the floor's band."""
+    cycles = curves["cycles_per_image"]
+    if "spectrum_floor" in curves:
+        axes.fill_between(cycles, *curves["spectrum_floor"], color=REAL, alpha=0.35, lw=0,
+                          label="unseen subjects, 95%")
+    axes.axhline(1, color="black", lw=0.6)
+    axes.plot(cycles, curves["spectrum"], color=GENERATED, label="evaluated slices")
+    low = min(0.5, *curves["spectrum"]) * 0.95
+    high = max(1.5, *curves["spectrum"]) * 1.05
+    axes.set(yscale="log", ylim=(max(low, 1e-3), min(high, 1e3)), xlim=(1, cycles[-1]),
+             xlabel="cycles per image")
+    ticks = [tick for tick in (0.01, 0.1, 0.25, 0.5, 0.7, 1, 1.4, 2, 4, 10, 100)
+             if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_title("Radial power over that of train: below 1 too smooth, above too noisy",
+                   **INDENT)
+    axes.legend(frameon=False, loc="lower left")
+
+
+def draw_histogram(axes, curves: dict) -> None:
+    """Grey levels inside the brain."""
+    share = np.array(curves["histogram"])
+    levels = (np.arange(len(share)) + 0.5) * 256 / len(share)
+    if "histogram_floor" in curves:
+        axes.fill_between(levels, *curves["histogram_floor"], color=REAL, alpha=0.35, lw=0,
+                          label="unseen subjects, 95%")
+    axes.plot(levels, curves["histogram_train"], color="black", lw=0.8, label="train")
+    axes.plot(levels, share, color=GENERATED, label="evaluated slices")
+    axes.set(xlim=(0, 256), ylim=(0, None), xlabel="grey level", yticks=[])
+    axes.spines.left.set_visible(False)
+    axes.set_title("Grey levels inside the brain", **INDENT)
+    axes.legend(frameon=False, loc="upper left")
+
+
+def draw_pairs(figure, result: dict) -> None:
+    """The closest pairs: evaluated slices above, their nearest train slices below."""
+    figure.suptitle("The closest pairs: evaluated slices above, the nearest train slices below"
+                    + ("" if "nearest" not in result else
+                       " (correlation; median of all {median:.3f}, of unseen subjects "
+                       "{unseen_median:.3f})".format(**result["nearest"])),
+                    fontsize=9, x=0.01, ha="left")
+    axes = figure.subplots(2, len(result["pairs"]), squeeze=False)
+    for column, (pair, pictures) in enumerate(zip(result["pairs"], result["pictures"])):
+        for row, picture in enumerate(pictures):
+            axes[row, column].imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axes[row, column].set_axis_off()
+        axes[0, column].set_title(f"{pair['slice']}\n{pair['correlation']:.3f}", fontsize=7)
+        axes[1, column].set_title(Path(pair["train"]).name.split(".")[0], fontsize=6)
+
+
+def draw_numbers(figure, measures: dict) -> None:
+    """One line a measure: its place beside the floor, and the numbers."""
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(len(measures) - 0.5, -1))
+    axes.set_axis_off()
+    columns = {"measure": 0.0, "beside unseen subjects": 0.42, "value": 0.68, "floor": 0.78,
+               "floor's 95% interval": 0.98}
+    for text, x in columns.items():
+        axes.text(x, -0.75, text, weight="bold", va="center",
+                  ha="right" if x > 0.5 else "left")
+    for line, (name, row) in enumerate(measures.items()):
+        if line % 2 == 0:
+            axes.axhspan(line - 0.5, line + 0.5, color="#f3f4f6", lw=0)
+        colour = verdict_colour(row)
+        axes.text(0, line, TITLES[name], va="center")
+        axes.text(0.68, line, f"{row['value']:.3f}", va="center", ha="right", color=colour,
+                  weight="bold")
+        if row["floor"] is None:
+            continue
+        axes.text(0.78, line, f"{row['floor']:.3f}", va="center", ha="right")
+        axes.text(0.98, line, "{:.3f} to {:.3f}".format(*row["interval"]), va="center",
+                  ha="right")
+        draw_place(axes, line, row, colour)
+
+
+def verdict_colour(row: dict) -> str:
+    if row["floor"] is None:
+        return "black"
+    return GOOD if row["as_real"] else BAD
+
+
+def draw_place(axes, line: int, row: dict, colour: str, start: float = 0.42, width: float = 0.17
+               ) -> None:
+    """The floor's interval as a bar and the value with its interval as a dot, each row scaled."""
+    points = [*row["interval"], *row["value_interval"], row["value"], row["floor"]]
+    low, scale = min(points), width / max(max(points) - min(points), 1e-12)
+
+    def place(value):
+        return start + (value - low) * scale
+    axes.plot([place(end) for end in row["interval"]], [line, line], color=REAL, lw=7,
+              solid_capstyle="butt", alpha=0.6)
+    axes.plot([place(end) for end in row["value_interval"]], [line, line], color=colour, lw=1.2)
+    axes.plot(place(row["value"]), line, "o", color=colour, ms=4.5)
+
+
+def draw_comparison(figure, compared: list[dict]) -> None:
+    """Quality of each setting against the network calls that a slice takes."""
+    plots = figure.subplots(1, 3)
+    for axes, name, title in zip(plots, ("kid", "frechet", "spectrum"), (
+            "KID", "Frechet distance over its floor", "Spectrum, mean |log2 ratio|")):
+        for sampler in dict.fromkeys(found["sampler"] for found in compared):
+            rows = sorted((found["calls"], found["measures"][name]) for found in compared
+                          if found["sampler"] == sampler and name in found["measures"])
+            unit = 1 if name != "frechet" else rows[0][1]["floor"] or 1
+            axes.plot([calls for calls, _ in rows], [row["value"] / unit for _, row in rows],
+                      "o-", label=sampler)
+            if rows and rows[0][1]["interval"]:
+                axes.axhspan(*(end / unit for end in rows[0][1]["interval"]), color=REAL,
+                             alpha=0.2, lw=0)
+        axes.set(xlabel="network calls a slice", ylim=(0, None))
+        axes.set_title(title, **INDENT)
+    plots[0].legend(frameon=False)
