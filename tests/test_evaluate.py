@@ -108,7 +108,7 @@ def test_kid_of_one_distribution_is_zero_though_subjects_repeat():
     sample = base.take(rows)
     sample.features = sample.features + noise
     alone = value("kid", train, base)
-    assert value("kid", train, sample) == pytest.approx(alone, rel=0.05)
+    assert value("kid", train, sample) == pytest.approx(alone, abs=1e-3)  # with them: 0.15
 
 
 def test_frechet_distance_is_scipys():
@@ -153,7 +153,7 @@ def test_radial_power_finds_a_wave(shape):
     sample.images = image[None]
     power = measures.radial_power(sample)[0]
     assert len(power) == side // 2
-    assert power.argmax() == 7 and power[7] > 100 * power[20:].max()
+    assert power.argmax() == 7 and power[7] > 100 * power[12:].max()
 
 
 def test_radial_power_is_the_mean_over_rings():
