@@ -370,8 +370,13 @@ def cache_file(files: list[Path], image_size: int | None, cache: Path | None) ->
             found = path.stat()
             facts += [found.st_size, found.st_mtime_ns]
     key = hashlib.sha256(repr((CACHE_VERSION, image_size, facts)).encode()).hexdigest()
+    return (cache or cache_folder()) / f"{key[:24]}.npy"
+
+
+def cache_folder() -> Path:
+    """Where decoded slices and their features are kept, unless a folder is given."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return (cache or Path(home, "oasis-diffusion")) / f"{key[:24]}.npy"
+    return Path(home, "oasis-diffusion")
 
 
 def load_images(files: list[Path], image_size: int | None, cache: Path | None = None

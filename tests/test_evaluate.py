@@ -1,7 +1,6 @@
 """The evaluation: measures against closed forms and other libraries, and controls for the audit."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -10,13 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dataset import Split, load_splits, phantom_slices, save_png
-from modules import UNetConfig
+from dataset import Split, load_splits
 from tools import audit, evaluate, measures
-from tools.measures import MEASURES, Sample, TooFew
+from tools.measures import MEASURES, Sample
 
 SIDE = 64
-tools_missing = pytest.importorskip  # optional packages, tools/requirements.txt
 
 
 class Texture(nn.Module):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import progress_bar
 from tools.measures import Sample, bootstrap, shuffled, unit_rows
+from utils.cli import progress_bar
 
 SHIFT = 2  # pixels, in every direction
 WINDOW = 0.07  # of the range of heights, either way: two slices of 32
@@ -23,6 +23,7 @@ COARSE = 32  # longer side, in pixels, of the search for the height
 QUANTILE = 0.99  # of the null
 HALVINGS = 200  # of the unseen subjects
 SHOWN = 8  # closest pairs
+LISTED = 20  # slices that a verdict names
 
 
 @dataclass
@@ -159,3 +160,27 @@ def halvings(null: Tensor, groups: Tensor, count: int = HALVINGS) -> list[float]
         threshold = null[first].double().quantile(QUANTILE)
         shares.append((null[~first] > threshold).double().mean().item())
     return shares
+
+
+def in_words(found: Nearest, verdicts: dict[str, Verdict], names: list[str]) -> str:
+    """The verdict of the audit in a sentence; verdicts are of "pixels" and "features"."""
+    text = []
+    if copies := verdicts["pixels"].copies:
+        text.append(f"{len(copies)} of {len(names)} slices are copies, twice as near to a train "
+                    "slice as any slice of an unseen subject: " + listed(copies, names))
+    for kind, verdict in verdicts.items():
+        if verdict.share > verdict.high:
+            scores = getattr(found, kind)
+            rows = [row for row in scores.argsort(descending=True, stable=True).tolist()
+                    if scores[row] > verdict.threshold]
+            text.append(f"{len(rows)} of {len(names)} slices ({verdict.share:.1%}; of unseen "
+                        f"subjects up to {verdict.high:.1%}) are nearer to train in {kind} than "
+                        "99% of unseen slices: " + listed(rows, names))
+    if not text:
+        return "No sign of copying beyond what unseen subjects show."
+    return "; ".join(text) + ". evaluation.png shows the closest pairs."
+
+
+def listed(rows: list[int], names: list[str]) -> str:
+    """The names of some rows, up to `LISTED` of them."""
+    return ", ".join(names[row] for row in rows[:LISTED]) + ", ..." * (len(rows) > LISTED)

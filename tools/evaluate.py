@@ -18,19 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset import (BadSlice, Parser, Split, UserError, images_in, load_splits, positive_int,
-                     progress_bar, read_gray, run_cli, slice_number, to_uint8, write_json)
-from modules import SAMPLERS, choose_dtype, keep_freed_memory
-from predict import Model, find_model, load_model, sample_batch
-from tools.audit import SHOWN, judge, nearest
+from dataset import (BadSlice, Split, images_in, in_parallel, load_splits, read_gray,
+                     slice_number)
+from modules import SAMPLERS
+from predict import Model, load_model, sample_batch
+from tools.audit import SHOWN, Nearest, in_words, judge, nearest
 from tools.evaluation_page import draw_page
 from tools.features import INSTALL, cached_features, extract, load_network
 from tools.measures import (MEASURES, Measure, Sample, TooFew, bootstrap, histogram, interval,
                             shuffled, spectrum_curve)
-from train import local_device, seed_number
+from utils.checkpoint import find_model
+from utils.cli import (EVAL_SEED, Parser, UserError, positive_int, progress_bar, run_cli,
+                       seed_number)
+from utils.device import choose_dtype, keep_freed_memory
+from utils.distributed import local_device
+from utils.files import to_uint8, write_json
 
 NUM = 400  # slices that are drawn
-LISTED = 20  # slices that a verdict names
 
 # ---------------------------------------------------------------------------------------------
 # Slices: drawn, read from a folder, and real ones
@@ -82,14 +86,14 @@ def read_folder(folder: Path, num: int | None) -> tuple[Tensor, list[str]]:
     if not paths:
         raise UserError(f"--slices {folder}: holds no images; give a folder of PNG slices")
     images = []
-    with progress_bar(len(paths), "reading", "slice") as bar:
-        for path in paths:
-            pixels = np.asarray(read_gray(path)).round().clip(0, 255).astype(np.uint8)
-            if images and pixels.shape != images[0].shape:
-                raise BadSlice(path, f"is {size_text(pixels.shape)}, {paths[0].name} "
-                               f"{size_text(images[0].shape)}", "give slices of one size")
-            images.append(pixels)
-            bar.update()
+    for path, image in zip(paths, in_parallel(read_gray, paths, "reading")):
+        if isinstance(image, BadSlice):
+            raise image
+        pixels = np.asarray(image).round().clip(0, 255).astype(np.uint8)
+        if images and pixels.shape != images[0].shape:
+            raise BadSlice(path, f"is {size_text(pixels.shape)}, {paths[0].name} "
+                           f"{size_text(images[0].shape)}", "give slices of one size")
+        images.append(pixels)
     images = torch.from_numpy(np.stack(images))
     kept = by_content(images)[:num]
     return images[kept], [paths[i].name for i in kept.tolist()]
@@ -231,7 +235,7 @@ def sharpness(curves: dict) -> str:
             f"subjects: {low:.0%} to {high:.0%}).")
 
 
-def add_audit(result: dict, reference: Reference, sample: Sample, found) -> None:
+def add_audit(result: dict, reference: Reference, sample: Sample, found: Nearest) -> None:
     """The audit's two measures, its verdict and the closest pairs."""
     closest = found.pixels.argsort(descending=True, stable=True)[:SHOWN]
     result["pairs"] = [{"slice": sample.names[i], "train": reference.train.names[found.rows[i]],
@@ -240,7 +244,7 @@ def add_audit(result: dict, reference: Reference, sample: Sample, found) -> None
                           for i in closest.tolist()]
     if not reference.unseen:
         result["left_out"]["memorisation"] = "needs unseen subjects: validate or test slices"
-        result["verdict"] = "Copying: not audited, for lack of unseen subjects (validate, test)."
+        result["verdict"] = "Copying was not audited, for lack of unseen subjects."
         return
     verdicts = {}
     for name, kind in (("memorisation", "pixels"), ("memorisation_features", "features")):
@@ -254,29 +258,7 @@ def add_audit(result: dict, reference: Reference, sample: Sample, found) -> None
     result["nearest"] = {"median": found.pixels.median().item(),
                          "unseen_median": reference.null.pixels.median().item()}
     result["copies"] = [sample.names[row] for row in verdicts["pixels"].copies]
-    result["verdict"] = in_words(sample, found, verdicts, result["copies"])
-
-
-def in_words(sample: Sample, found, verdicts: dict, copies: list[str]) -> str:
-    """The audit's verdict in a sentence or two."""
-    convicted = [kind for kind, verdict in verdicts.items() if verdict.share > verdict.high]
-    text = []
-    if copies:
-        text.append(f"{len(copies)} of {len(sample)} slices are copies, twice as near to a train "
-                    f"slice as any slice of an unseen subject: " + listed(copies))
-    for kind in convicted:
-        verdict = verdicts[kind]
-        rows = torch.nonzero(getattr(found, kind) > verdict.threshold)[:, 0].tolist()
-        text.append(f"{len(rows)} of {len(sample)} slices ({verdict.share:.1%}; unseen subjects: "
-                    f"up to {verdict.high:.1%}) are nearer to train in {kind} than the 99th "
-                    f"percentile of unseen subjects: " + listed([sample.names[i] for i in rows]))
-    if not text:
-        return "No sign of copying beyond what unseen subjects show."
-    return "; ".join(text) + ". The closest pairs are in evaluation.png."
-
-
-def listed(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + ", ..." * (len(names) > LISTED)
+    result["verdict"] = in_words(found, verdicts, sample.names)
 
 
 def curves(reference: Reference, part: Sample, count: int) -> dict:
@@ -368,6 +350,8 @@ def settings_of(args: argparse.Namespace, model: Model) -> list[Setting]:
         if how.steps > total:
             raise UserError(f"{how.sampler}:{how.steps}: the model was trained with {total} "
                             "steps; give no more")
+    if args.seed + (args.num or NUM) > EVAL_SEED:
+        raise UserError(f"--seed {args.seed} goes beyond the last seed, {EVAL_SEED - 1}")
     return settings
 
 

@@ -8,8 +8,8 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from dataset import write_atomic
 from tools.measures import MEASURES
+from utils.files import write_atomic
 
 REAL, GENERATED, GOOD, BAD = "#8a8f98", "#1f5fa8", "#2a7f4f", "#b5442c"
 TITLES = {name: measure.title for name, measure in MEASURES.items()} | {

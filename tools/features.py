@@ -11,7 +11,6 @@ different networks, sizes or projects cannot be compared, only those beside the 
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset import UserError, progress_bar, write_atomic
+from dataset import cache_folder
+from utils.cli import UserError, progress_bar
+from utils.files import write_atomic
 
 VERSION = 1  # raise it when the same slices would give other features
 INSTALL = "pip install -r tools/requirements.txt"
@@ -95,8 +96,7 @@ def cached_features(net: nn.Module, images: Tensor) -> Tensor:
     """`extract`, kept in the cache of the slices under a digest of the pixels and the network."""
     key = hashlib.sha256(repr((VERSION, net.digest, tuple(images.shape))).encode())
     key.update(images.numpy().data)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(home, "oasis-diffusion", f"{key.hexdigest()[:24]}.features.npy")
+    path = cache_folder() / f"{key.hexdigest()[:24]}.features.npy"
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError):
