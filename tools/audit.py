@@ -37,27 +37,27 @@ class Nearest:
     features: Tensor
 
 
-def variants(images: Tensor, shift: int) -> Iterator[Tensor]:
-    """float32 (N, H, W) -> (N, H * W) rows, shifted up to `shift` pixels and mirrored.
+def variants(images: Tensor) -> Iterator[Tensor]:
+    """float32 (N, H, W) -> the same, shifted up to `SHIFT` pixels and mirrored, one at a time.
 
     Mirrored too, since training may mirror its slices, and a model then copies either form.
     """
-    padded = F.pad(images, (shift, shift, shift, shift))
+    padded = F.pad(images, (SHIFT,) * 4)
     height, width = images.shape[1:]
     for side in (padded, padded.flip(2)):
-        for top in range(2 * shift + 1):
-            for left in range(2 * shift + 1):
-                yield side[:, top:top + height, left:left + width].flatten(1)
+        for top in range(2 * SHIFT + 1):
+            for left in range(2 * SHIFT + 1):
+                yield side[:, top:top + height, left:left + width]
 
 
-def best_match(candidates: Tensor, rows: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def best_match(candidates: Tensor, forms: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """The largest correlation with any candidate and which one that is, (N,) each.
 
-    candidates: float32 (M, P), rows of `unit_rows`. rows: forms of the same N slices, (N, P) each.
+    candidates: float32 (M, P), rows of `unit_rows`. forms: of the same N slices, (N, ...) each.
     """
     best, where = None, None
-    for form in rows:
-        value, index = (unit_rows(form) @ candidates.T).max(1)
+    for form in forms:
+        value, index = (unit_rows(form.flatten(1)) @ candidates.T).max(1)
         if best is None:
             best, where = value, index
         else:
@@ -87,7 +87,7 @@ def nearest(train: Sample, sample: Sample, mirrored: Tensor, heights: Tensor | N
             images = sample.images[members].float()
             for part in near.split(1024):  # for the memory
                 value, index = best_match(unit_rows(train.images[part].flatten(1).float()),
-                                          variants(images, SHIFT))
+                                          variants(images))
                 better = value > found.pixels[members]
                 found.pixels[members[better]] = value[better]
                 found.rows[members[better]] = part[index[better]]
@@ -98,12 +98,15 @@ def nearest(train: Sample, sample: Sample, mirrored: Tensor, heights: Tensor | N
 
 
 def estimated_heights(train: Sample, sample: Sample) -> Tensor:
-    """The height of the train slice that is nearest when both are made small, float32 (N,)."""
+    """The height of the train slice that is nearest when both are made small, float32 (N,).
+
+    Slices are shifted before they are made small, so that a shifted copy finds its original.
+    """
     factor = max(1, max(train.images.shape[1:]) // COARSE)
-    real, own = (torch.cat([F.avg_pool2d(part.float(), factor, ceil_mode=True)
-                            for part in images.split(512)])
-                 for images in (train.images, sample.images))
-    return train.heights[best_match(unit_rows(real.flatten(1)), variants(own, 1))[1]]
+    real = torch.cat([F.avg_pool2d(part.float(), factor).flatten(1)
+                      for part in train.images.split(512)])
+    forms = (F.avg_pool2d(form, factor) for form in variants(sample.images.float()))
+    return train.heights[best_match(unit_rows(real), forms)[1]]
 
 
 @dataclass
