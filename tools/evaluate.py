@@ -74,6 +74,13 @@ def draw_slices(model: Model, how: Setting, seeds: list[int], batch_size: int,
     return torch.cat(images), len(calls) // len(batches)
 
 
+def heights_told(model: Model, seeds: list[int]) -> Tensor | None:
+    """The heights, 0 to 1, that `sample_batch` tells the net; None for a net without them."""
+    if not model.labels.height_range:
+        return None
+    return model.labels.for_seeds(seeds)[:, 1].clamp(-1, 1).acos() / torch.pi  # cos(pi h)
+
+
 def read_folder(folder: Path, num: int | None) -> tuple[Tensor, list[str]]:
     """The slices in a folder, uint8 (N, H, W), and their names, but for predict.py's overviews.
 
@@ -176,14 +183,21 @@ def measured(measure: Measure, train: Sample, sample: Sample) -> tuple[float, tu
     return value, tuple(end.item() for end in ends)
 
 
-def assess(reference: Reference, images: Tensor, names: list[str]) -> dict:
-    """All that evaluation.json says of one sample, uint8 (N, H, W), and the pairs' pictures."""
+def assess(reference: Reference, images: Tensor, names: list[str],
+           heights: Tensor | None = None) -> dict:
+    """All that evaluation.json says of one sample, uint8 (N, H, W), and the pairs' pictures.
+
+    heights: what the slices were conditioned on; otherwise those of their nearest train slices.
+    """
     order = by_content(images)
     images, names = images[order], [names[i] for i in order.tolist()]
     sample = Sample(images, extract(reference.net, images), torch.arange(len(images)),
                     torch.zeros(len(images)), names)
     found = nearest(reference.train, sample, extract(reference.net, images.flip(2)))
     sample.heights = found.heights
+    if heights is not None:
+        levels = reference.train.heights.unique()
+        sample.heights = levels[(heights[order, None] - levels).abs().argmin(1)]
     result = {"measures": {}, "left_out": {}}
     # The floor's size bounds the sample's: many measures depend on the number of slices.
     count = min(len(sample), len(reference.unseen) if reference.unseen else len(sample))
@@ -381,10 +395,12 @@ def evaluate(args: argparse.Namespace) -> dict:
         for how in settings:
             images, calls = draw_slices(model, how, seeds, args.batch_size, device,
                                         choose_dtype(args.dtype, device))
-            found = assess(reference, images, [f"seed {seed}" for seed in seeds])
+            found = assess(reference, images, [f"seed {seed}" for seed in seeds],
+                           heights_told(model, seeds))
             compared.append({"sampler": how.sampler, "steps": how.steps, "calls": calls,
                              "first_seed": args.seed, **found})
-            print(f"{how.sampler}:{how.steps}\n{table(found)}" if args.compare else "", end="\n")
+            if args.compare:
+                print(f"{how.sampler}:{how.steps}, {calls} network calls\n{table(found)}\n")
         result |= compared[0]
         if args.compare:
             result["compare"] = compared
@@ -400,8 +416,8 @@ def main() -> None:
     except ImportError:
         raise UserError(f"torchmetrics is not installed; {INSTALL}") from None
     result = evaluate(args)
-    print(table(result))
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.compare:
+        print(table(result))
     draw_page(result, args.out / "evaluation.png")
     for part in [result, *result.get("compare", [])]:
         part.pop("pictures", None)

@@ -1,5 +1,6 @@
 """The page of an evaluation: curves, closest pairs and the numbers, as one picture."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -21,12 +22,13 @@ INDENT = {"fontsize": 9, "loc": "left"}
 def draw_page(result: dict, path: Path) -> None:
     """Writes evaluation.png. result: of `tools.evaluate`, with the pictures of the pairs."""
     compared = result.get("compare", [])
-    heights = [2.9, 3.3, 0.34 * len(result["measures"]) + 0.6] + [2.6] * bool(compared)
+    heights = [2.9, 3.3, 0.31 * len(result["measures"]) + 0.8] + [2.6] * bool(compared)
     with plt.rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = plt.figure(figsize=(10, sum(heights) + 1.1), layout="constrained")
+        figure = plt.figure(figsize=(10, sum(heights) + 0.3 + 0.2 * len(result["summary"])), layout="constrained")
         parts = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.02)
-        figure.suptitle("\n".join([heading(result), *result["summary"]]), fontsize=9.5, x=0.01,
-                        ha="left")
+        lines = [line for text in [heading(result), *result["summary"]]
+                 for line in textwrap.wrap(text, 130)]
+        figure.suptitle("\n".join(lines), fontsize=9.5, x=0.01, ha="left")
         left, right = parts[0].subplots(1, 2)
         draw_spectrum(left, result["curves"])
         draw_histogram(right, result["curves"])
@@ -91,7 +93,7 @@ def draw_pairs(figure, result: dict) -> None:
     axes = figure.subplots(2, len(result["pairs"]), squeeze=False)
     for column, (pair, pictures) in enumerate(zip(result["pairs"], result["pictures"])):
         for row, picture in enumerate(pictures):
-            axes[row, column].imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axes[row, column].imshow(picture.numpy(), cmap="gray", vmin=0, vmax=255)
             axes[row, column].set_axis_off()
         axes[0, column].set_title(f"{pair['slice']}\n{pair['correlation']:.3f}", fontsize=7)
         axes[1, column].set_title(Path(pair["train"]).name.split(".")[0], fontsize=6)
@@ -100,32 +102,33 @@ def draw_pairs(figure, result: dict) -> None:
 def draw_numbers(figure, measures: dict) -> None:
     """One line a measure: its place beside the floor, and the numbers."""
     axes = figure.subplots()
-    axes.set(xlim=(0, 1), ylim=(len(measures) - 0.5, -1))
+    axes.set(xlim=(0, 1), ylim=(len(measures) + 0.6, -1.1))
     axes.set_axis_off()
     columns = {"measure": 0.0, "beside unseen subjects": 0.42, "value": 0.68, "floor": 0.78,
                "floor's 95% interval": 0.98}
     for text, x in columns.items():
-        axes.text(x, -0.75, text, weight="bold", va="center",
-                  ha="right" if x > 0.5 else "left")
+        axes.text(x, -0.8, text, weight="bold", va="center", ha="right" if x > 0.5 else "left")
     for line, (name, row) in enumerate(measures.items()):
         if line % 2 == 0:
             axes.axhspan(line - 0.5, line + 0.5, color="#f3f4f6", lw=0)
-        colour = verdict_colour(row)
+        colour = "black" if row["floor"] is None else GOOD if row["as_real"] else BAD
+        numbers = {0.68: number(row["value"])}
+        if row["floor"] is not None:
+            numbers |= {0.78: number(row["floor"]), 0.98: " to ".join(map(number, row["interval"]))}
+            draw_place(axes, line, row, colour)
         axes.text(0, line, TITLES[name], va="center")
-        axes.text(0.68, line, f"{row['value']:.3f}", va="center", ha="right", color=colour,
-                  weight="bold")
-        if row["floor"] is None:
-            continue
-        axes.text(0.78, line, f"{row['floor']:.3f}", va="center", ha="right")
-        axes.text(0.98, line, "{:.3f} to {:.3f}".format(*row["interval"]), va="center",
-                  ha="right")
-        draw_place(axes, line, row, colour)
+        for x, text in numbers.items():
+            axes.text(x, line, text, va="center", ha="right", color=colour if x == 0.68 else "black",
+                      weight="bold" if x == 0.68 else "normal")
+    axes.text(0, len(measures) + 0.1, "Floor: the same measure for as many slices of unseen subjects; "
+              "its 95% interval is the grey bar. Dot and line: the value and its 95% interval, green "
+              "where it reaches the\nbar or is better, red where it is worse. Each line has a scale "
+              "of its own.", va="center", fontsize=7.5, color="#555555")
 
 
-def verdict_colour(row: dict) -> str:
-    if row["floor"] is None:
-        return "black"
-    return GOOD if row["as_real"] else BAD
+def number(value: float) -> str:
+    """Three decimals, and no minus before zero."""
+    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def draw_place(axes, line: int, row: dict, colour: str, start: float = 0.42, width: float = 0.17
@@ -138,6 +141,7 @@ def draw_place(axes, line: int, row: dict, colour: str, start: float = 0.42, wid
         return start + (value - low) * scale
     axes.plot([place(end) for end in row["interval"]], [line, line], color=REAL, lw=7,
               solid_capstyle="butt", alpha=0.6)
+    axes.plot(place(row["floor"]), line, "|", color=REAL, ms=8, mew=1.5)
     axes.plot([place(end) for end in row["value_interval"]], [line, line], color=colour, lw=1.2)
     axes.plot(place(row["value"]), line, "o", color=colour, ms=4.5)
 
@@ -148,14 +152,14 @@ def draw_comparison(figure, compared: list[dict]) -> None:
     for axes, name, title in zip(plots, ("kid", "frechet", "spectrum"), (
             "KID", "Frechet distance over its floor", "Spectrum, mean |log2 ratio|")):
         for sampler in dict.fromkeys(found["sampler"] for found in compared):
-            rows = sorted((found["calls"], found["measures"][name]) for found in compared
-                          if found["sampler"] == sampler and name in found["measures"])
-            unit = 1 if name != "frechet" else rows[0][1]["floor"] or 1
-            axes.plot([calls for calls, _ in rows], [row["value"] / unit for _, row in rows],
+            rows = sorted(((found["calls"], found["measures"][name]) for found in compared
+                          if found["sampler"] == sampler and name in found["measures"]), key=lambda row: row[0])
+            unit = rows[0][1]["floor"] if rows and name == "frechet" else None
+            axes.plot([calls for calls, _ in rows], [row["value"] / (unit or 1) for _, row in rows],
                       "o-", label=sampler)
-            if rows and rows[0][1]["interval"]:
-                axes.axhspan(*(end / unit for end in rows[0][1]["interval"]), color=REAL,
-                             alpha=0.2, lw=0)
+        if rows and rows[0][1]["interval"]:
+            axes.axhspan(*(end / (unit or 1) for end in rows[0][1]["interval"]), color=REAL,
+                         alpha=0.25, lw=0)
         axes.set(xlabel="network calls a slice", ylim=(0, None))
         axes.set_title(title, **INDENT)
     plots[0].legend(frameon=False)

@@ -21,7 +21,7 @@ NEIGHBOURS = 3  # of precision and recall: k of Kynkäänniemi et al.
 DIRECTIONS = 32  # leading principal components of the Frechet distance
 FOLDS = 5  # of the two-sample test
 RIDGE = 0.1  # weight of the two-sample test's penalty, for features scaled to variance 1 / D
-PAIRS = 1000  # at most, for MS-SSIM
+LEAST_PAIRS, PAIRS = 10, 1000  # for MS-SSIM
 LEVELS = 64  # bins of the grey-level histogram
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # MS-SSIM's weights, finest scale first
 
@@ -84,10 +84,11 @@ def interval(value: Tensor, estimates: Tensor, low: float, high: float) -> tuple
     """The 95% interval of a bootstrap, centred on the value, within the range of the measure.
 
     A draw holds fewer different slices than the sample, which shifts measures that depend on
-    their number (Frechet distance, recall); centring takes that shift out.
+    their number (Frechet distance, recall); centring takes that shift out. Draws without any
+    pair to compare (nan) do not count.
     """
-    spread = torch.quantile(estimates, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    spread = spread - estimates.mean(0) + value
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    spread = estimates.nanquantile(ends, dim=0) - estimates.nanmean(0) + value
     return spread[0].clamp(low, high), spread[1].clamp(low, high)
 
 
@@ -291,8 +292,8 @@ def ms_ssim(train: Sample, sample: Sample) -> Callable[[Tensor], float]:
     slices have room for.
     """
     first, second = pairs_of_one_height(sample)
-    if not len(first):
-        raise TooFew("two slices of the same height")
+    if len(first) < LEAST_PAIRS:
+        raise TooFew(f"{LEAST_PAIRS} pairs of slices of the same height")
     alike = pair_similarity(sample.images, first, second)
 
     def estimate(rows: Tensor) -> float:
