@@ -184,8 +184,8 @@ def generate(denoise: Denoiser, shape: tuple[int, int, int], seeds: list[int], o
     return torch.cat(images), torch.cat(states)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description="Samples brain MRI slices out of noise.")
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """What to sample with and how, for every command that draws slices."""
     add = parser.add_argument
     add("--model", choices=SHIPPED, default="native",
         help="shipped model: native, 176x208 pixels, told heights and classes; or 64, 64x64 pixels "
@@ -193,10 +193,6 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint", metavar="RUN_OR_FILE",
         help="run folder, checkpoint.pt, model.safetensors, or 'latest' for the newest run under "
              "runs/ (default: a shipped model, see --model)")
-    add("--out", type=Path, default=Path("samples"), metavar="DIR",
-        help="folder for the pictures (default: %(default)s)")
-    add("--num", type=positive_int, default=16, metavar="N",
-        help="how many slices (default: %(default)s)")
     add("--seed", type=seed_number, default=0, metavar="K",
         help="seed of the first slice; slice i is drawn from K+i alone (default: %(default)s)")
     add("--position", type=position, metavar="P",
@@ -246,6 +242,16 @@ def parse_args() -> argparse.Namespace:
         help="sigmas between which to guide (default: all)")
     add("--epsilon-scale", type=positive_float, default=1.0, metavar="S",
         help="divides the predicted noise; above 1 sharpens, Ning et al. 2024 (default: 1)")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(description="Samples brain MRI slices out of noise.")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("samples"), metavar="DIR",
+        help="folder for the pictures (default: %(default)s)")
+    add("--num", type=positive_int, default=16, metavar="N",
+        help="how many slices (default: %(default)s)")
+    add_sampling_options(parser)
     return parser.parse_args()
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from dataset import Split, load_splits, phantom_slices
-from modules import (NoiseScheduler, UNet, UNetConfig, make_scheduler_config, reverse_process,
-                     seeded_noise)
+from modules import (Denoiser, NoiseScheduler, SamplerConfig, make_scheduler_config, sample,
+                     timestep_embedding)
 from tools import audit, evaluate, measures
 from tools.features import load_network
 from tools.measures import MEASURES, Sample
@@ -327,34 +327,44 @@ def test_neighbouring_heights_are_found(reference):
     assert ((found - reference.unseen.heights).abs() < 0.15).double().mean() > 0.95
 
 
+class Memory(nn.Module):
+    """A perceptron of two hidden layers that predicts the clean slice: quick to overfit."""
+
+    def __init__(self, pixels: int, hidden: int = 512):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(pixels + 64, hidden), nn.SiLU(),
+                                    nn.Linear(hidden, hidden), nn.SiLU(),
+                                    nn.Linear(hidden, pixels))
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        told = torch.cat([noisy.flatten(1), timestep_embedding(timesteps, 64)], 1)
+        return self.layers(told).view_as(noisy)
+
+
 def memorised(images: torch.Tensor, steps: int) -> torch.Tensor:
     """What a small net draws that was trained on a few slices alone, uint8 (N, H, W)."""
     torch.manual_seed(0)
-    net = UNet(UNetConfig(sample_size=tuple(images.shape[1:]), block_out_channels=(64, 64),
-                          layers_per_block=1, attention_resolutions=(), patch_size=4))
-    scheduler = NoiseScheduler(make_scheduler_config("cosine"))
+    net = Memory(images[0].numel())
+    scheduler = NoiseScheduler(make_scheduler_config("cosine", prediction_type="sample"))
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    clean = images[:, None].float() / 127.5 - 1
+    clean = (images[:, None].float() / 127.5 - 1).repeat(4, 1, 1, 1)
     for _ in range(steps):
         noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),))
-        noisy, target = (scheduler.add_noise(clean, noise, t),
-                         scheduler.training_target(clean, noise, t))
         optimizer.zero_grad()
-        F.mse_loss(net(noisy, t), target).backward()
+        F.mse_loss(net(scheduler.add_noise(clean, noise, t), t), clean).backward()
         optimizer.step()
         schedule.step()
     net.eval().requires_grad_(False)
-    noise = seeded_noise(list(range(16)), tuple(clean.shape[1:]))
-    for state in reverse_process(net, scheduler, noise, 30):
-        pass
-    return to_uint8(state)[:, 0]
+    config = SamplerConfig("ddim", 30, "trailing")
+    drawn = sample(Denoiser(net, scheduler), list(range(16)), tuple(clean.shape[1:]), config)
+    return to_uint8(torch.cat(list(drawn)))[:, 0]
 
 
 def test_an_overfitted_net_is_convicted(reference):
     chosen = reference.train.images[measures.shuffled(len(reference.train))[:16]]
-    verdict = judged(reference, memorised(chosen, 400))
-    assert verdict.convicted and verdict.share > 0.8, verdict
+    verdict = judged(reference, memorised(chosen, 500))
+    assert verdict.convicted and verdict.share > 0.8 and verdict.copies, verdict
 
 
 # ---------------------------------------------------------------------------------------------
@@ -392,8 +402,8 @@ def test_names_and_order_of_the_files_do_not_matter(tmp_path, monkeypatch, slice
     for i, path in enumerate(sorted(slices.iterdir())):
         shutil.copy(path, tmp_path / "renamed" / f"other_{(7 * i + 3) % 40}.png")
     data = root_of_phantoms(tmp_path)
-    first, second = (run(monkeypatch, "--data", data, "--features", texture_file, "--slices", folder,
-                         "--out", tmp_path / "out" / folder.name)
+    first, second = (run(monkeypatch, "--data", data, "--features", texture_file, "--slices",
+                         folder, "--out", tmp_path / "out" / folder.name)
                      for folder in (slices, tmp_path / "renamed"))
     assert first["measures"] == second["measures"] and first["curves"] == second["curves"]
     assert {"kid", "frechet", "precision", "recall", "two_sample", "spectrum", "ms_ssim",
@@ -421,9 +431,9 @@ def test_several_settings_of_one_checkpoint(tmp_path, monkeypatch, make_run, tex
     run_of = make_run()
     run_of.export()
     found = run(monkeypatch, "--checkpoint", run_of.folder, "--num", 12, "--features",
-                texture_file, "--compare", "ddim:2", "ddpm:4", "--out", tmp_path / "out")
+                texture_file, "--compare", "ddim:2", "heun:4", "--out", tmp_path / "out")
     assert [(part["sampler"], part["calls"]) for part in found["compare"]] == [
-        ("ddim", 2), ("ddpm", 4)]
+        ("ddim", 2), ("heun", 7)]
     assert found["measures"] == found["compare"][0]["measures"]
     assert found["compare"][0]["measures"] != found["compare"][1]["measures"]
 
@@ -431,12 +441,13 @@ def test_several_settings_of_one_checkpoint(tmp_path, monkeypatch, make_run, tex
 @pytest.mark.parametrize("args, words", [
     (["--slices", "nowhere"], ["nowhere", "no such folder"]),
     (["--slices", "empty"], ["empty", "holds no images"]),
-    (["--slices", "slices", "--checkpoint", "SHIPPED"], ["32x32", "--checkpoint", "64"]),
+    (["--slices", "slices", "--checkpoint", "SHIPPED 64"], ["32x32", "--checkpoint", "64"]),
     (["--slices", "mixed"], ["b.png", "one size"]),
     (["--slices", "oblong"], ["oblong", "24x40", "64x64"]),
     (["--slices", "slices", "--features", "slices/slice_000000.png"], ["TorchScript"]),
     (["--compare", "ddim:0"], ["ddim:0", "SAMPLER:STEPS"]),
-    (["--compare", "ddim:2000:trailing"], ["ddim:2000", "1000"]),
+    (["--compare", "ddim:2000", "--spacing", "trailing"], ["--steps", "2000", "1000"]),
+    (["--compare", "ddim:5", "--steps", "5"], ["--compare", "--steps"]),
     (["--compare", "ddim:5", "--slices", "slices"], ["--compare", "--slices"]),
     (["--data", "nowhere", "--slices", "slices"], ["nowhere", "no such folder"])])
 def test_bad_input_gets_one_line(tmp_path, refused, slices, texture_file, args, words):
@@ -447,7 +458,7 @@ def test_bad_input_gets_one_line(tmp_path, refused, slices, texture_file, args, 
         for name, size in zip("ab", sizes):
             pixels = np.random.default_rng(0).integers(0, 255, size, np.uint8)
             Image.fromarray(pixels).save(tmp_path / folder / f"{name}.png")
-    args = [str(SHIPPED["64"]) if arg == "SHIPPED" else arg for arg in args]
+    args = [str(SHIPPED["64"]) if arg == "SHIPPED 64" else arg for arg in args]
     network = [] if "--features" in args else ["--features", texture_file]
     refused("tools.evaluate", [*args, *network], *words)
 

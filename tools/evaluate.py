@@ -13,6 +13,7 @@ import argparse
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,18 +21,17 @@ from torch import Tensor, nn
 
 from dataset import (BadSlice, Split, images_in, in_parallel, load_splits, read_gray,
                      slice_number)
-from modules import (DEFAULT_STEPS, QUALITY, SAMPLERS, Denoiser, SamplerConfig, noise_levels, sample,
-                     seed_height)
-from predict import Model, load_model
+from modules import SAMPLERS, SamplerConfig, noise_levels, sample
+from predict import (Model, add_sampling_options, load_model, make_denoiser, make_labels,
+                     option_error, sampler_config)
 from tools.audit import SHOWN, Nearest, in_words, judge, nearest
 from tools.evaluation_page import draw_page
 from tools.features import INSTALL, cached_features, extract, load_network
 from tools.measures import (MEASURES, Measure, Sample, TooFew, bootstrap, histogram, interval,
                             shuffled, spectrum_curve)
 from utils.checkpoint import SHIPPED, find_model
-from utils.cli import (EVAL_SEED, Parser, UserError, positive_int, progress_bar, run_cli,
-                       seed_number)
-from utils.device import choose_dtype, keep_freed_memory
+from utils.cli import EVAL_SEED, Parser, UserError, positive_int, progress_bar, run_cli
+from utils.device import keep_freed_memory
 from utils.distributed import local_device
 from utils.files import to_uint8, write_json
 
@@ -42,35 +42,42 @@ NUM = 400  # slices that are drawn
 # ---------------------------------------------------------------------------------------------
 
 
-def setting(text: str) -> SamplerConfig:
-    """An argparse type: SAMPLER:STEPS, or SAMPLER:STEPS:SPACING."""
-    sampler, *rest = text.split(":")
-    try:
-        return SamplerConfig(sampler, int(rest[0]), *rest[1:])
-    except (ValueError, IndexError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not SAMPLER:STEPS or SAMPLER:STEPS:SPACING, "
-                                         f"such as ddim:50:trailing ({error})") from None
+def setting(text: str) -> tuple[str, int]:
+    """An argparse type: ddim:50 -> ("ddim", 50)."""
+    sampler, _, steps = text.partition(":")
+    if sampler not in SAMPLERS or not steps.isdigit() or int(steps) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SAMPLER:STEPS, such as ddim:50, with "
+                                         f"one of the samplers {', '.join(SAMPLERS)}")
+    return sampler, int(steps)
 
 
-def draw_slices(model: Model, how: SamplerConfig, seeds: list[int], batch_size: int,
-                device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Samples slices, uint8 (N, H, W), and counts the network calls that each took."""
-    denoise = Denoiser(model.net, model.scheduler, dtype=dtype)
+class Drawn(NamedTuple):
+    """Slices that a model drew: uint8 (N, H, W), the seeds, the heights that the net was told
+    (0 to 1, or None), and the network calls that each slice took."""
+
+    images: Tensor
+    names: list[str]
+    heights: Tensor | None
+    calls: int
+
+
+def draw_slices(model: Model, args: argparse.Namespace, config: SamplerConfig,
+                device: torch.device) -> Drawn:
+    """Samples --num slices as predict.py does from the same options."""
+    denoise, labels = make_denoiser(model, args, device), make_labels(model, args)
+    seeds = list(range(args.seed, args.seed + args.num))
     shape = (model.net.config.in_channels, *model.net.config.sample_size)
-    images = []
-    with progress_bar(len(seeds), f"sampling {how.sampler}:{how.steps}", "slice") as bar:
-        for batch in sample(denoise, seeds, shape, how, batch_size, device,
-                            labels=model.labels.for_seeds):
-            images.append(to_uint8(batch)[:, 0])
-            bar.update(len(batch))
-    return torch.cat(images), denoise.calls // len(images)
-
-
-def heights_told(model: Model, seeds: list[int]) -> Tensor | None:
-    """The heights, 0 to 1, that the net is told; None for a net without them."""
-    if not model.labels.height_range:
-        return None
-    return torch.tensor([seed_height(seed) for seed in seeds])
+    batches = -(-args.num // args.batch_size)
+    with progress_bar(batches * (config.steps + 1), f"{config.sampler}:{config.steps}",
+                      "state") as bar:
+        drawn = sample(denoise, seeds, shape, config, args.batch_size, device,
+                            lambda *_: bar.update(), labels)
+        images = [to_uint8(batch)[:, 0] for batch in drawn]
+    heights = None
+    if model.labels.height_range:
+        heights = labels(seeds)[:, 1].clamp(-1, 1).acos() / torch.pi  # of cos(pi h)
+    return Drawn(torch.cat(images), [f"seed {seed}" for seed in seeds], heights,
+                 denoise.calls // batches)
 
 
 def read_folder(folder: Path, num: int | None) -> tuple[Tensor, list[str]]:
@@ -319,90 +326,72 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, metavar="ROOT",
         help="folder of real slices (default: the built-in phantoms)")
-    add("--model", choices=SHIPPED, default="native",
-        help="shipped model (default: %(default)s)")
-    add("--checkpoint", metavar="RUN_OR_FILE",
-        help="run folder, checkpoint.pt, model.safetensors or 'latest' (default: the shipped "
-             "model); with --slices, the model that they are said to come from")
-    add("--slices", type=Path, metavar="DIR", help="evaluate the images in DIR, draw none")
+    add("--slices", type=Path, metavar="DIR",
+        help="evaluate the images in DIR, draw none; --checkpoint then says where they come from")
     add("--num", type=positive_int, metavar="N",
         help=f"how many slices (default: {NUM}, or all that --slices holds)")
     add("--out", type=Path, default=Path("evaluation"), metavar="DIR",
         help="folder for evaluation.json and evaluation.png (default: %(default)s)")
-    add("--compare", type=setting, nargs="+", metavar="SAMPLER:STEPS[:SPACING]",
+    add("--compare", type=setting, nargs="+", metavar="SAMPLER:STEPS",
         help="evaluate each of these and plot quality against network calls")
-    add("--sampler", choices=SAMPLERS, help="(default: that of predict.py)")
-    add("--steps", type=positive_int, metavar="N",
-        help="steps of the sampler (default: that of predict.py)")
-    add("--seed", type=seed_number, default=0, metavar="K",
-        help="seed of the first slice that is drawn (default: %(default)s)")
     add("--features", type=Path, metavar="FILE.pt",
         help="TorchScript network, float32 (B, 3, S, S) from 0 to 255 -> (B, D) (default: "
              "EfficientNet-Lite0, trained on ImageNet)")
-    add("--batch-size", type=positive_int, default=16, metavar="B", help="(default: %(default)s)")
-    add("--device", default="auto", metavar="D", help="where to sample (default: the fastest)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="type the network samples in (default: bfloat16 where the hardware has it)")
+    add_sampling_options(parser)
     args = parser.parse_args()
     if args.slices and args.compare:
         raise UserError("--compare draws slices itself; leave out --slices")
+    if args.compare and (args.sampler or args.steps or args.quality):
+        raise UserError("--compare names samplers and steps; leave out --sampler, --steps and "
+                        "--quality")
     return args
 
 
-def settings_of(args: argparse.Namespace, model: Model) -> list[SamplerConfig]:
-    """The settings to draw with. Raises UserError for those that the model cannot walk."""
-    default = QUALITY["default"]
-    if args.sampler or args.steps:
-        sampler = args.sampler or default.sampler
-        default = SamplerConfig(sampler, args.steps or DEFAULT_STEPS[sampler])
-    settings = args.compare or [default]
-    for how in settings:
+def sampler_configs(args: argparse.Namespace, model: Model) -> list[SamplerConfig]:
+    """How to sample, for each of --compare or once. Raises UserError for what does not fit."""
+    configs = []
+    for sampler, steps in args.compare or [(args.sampler, args.steps)]:
+        given = {**vars(args), "sampler": sampler, "steps": steps}
+        configs.append(sampler_config(argparse.Namespace(**given)))
         try:
-            noise_levels(model.scheduler, how)
+            noise_levels(model.scheduler, configs[-1])
         except ValueError as error:
-            raise UserError(f"{how.sampler}:{how.steps}: {error}") from None
-    if args.seed + (args.num or NUM) > EVAL_SEED:
-        raise UserError(f"--seed {args.seed} goes beyond the last seed, {EVAL_SEED - 1}")
-    return settings
+            raise option_error(error) from None
+    return configs
 
 
-def evaluate(args: argparse.Namespace) -> dict:
-    """Everything that evaluation.json holds, and the pictures of the page."""
-    net = load_network(args.features)
-    device = local_device(args.device)
-    model = None if args.slices and not args.checkpoint else \
-        load_model(find_model(args.checkpoint or SHIPPED[args.model]), device)
-    result = {"num": args.num or NUM, "size": None, "data": str(args.data or "phantoms"),
-              "model": str(args.checkpoint or model.path.name) if model else str(args.slices),
-              "features": net.name}
-    if args.slices:
-        images, names = read_folder(args.slices, args.num)
-        shape = tuple(images.shape[1:])
-        if model and tuple(model.net.config.sample_size) != shape:
-            raise UserError(f"--slices {args.slices}: slices of {size_text(shape)}, the model of "
-                            f"--checkpoint draws {size_text(model.net.config.sample_size)}")
-        reference = Reference(load_data(args.data, shape, f"--slices {args.slices}"), net)
-        result |= {"num": len(images)} | assess(reference, images, names)
-    else:
-        shape = tuple(model.net.config.sample_size)
-        settings = settings_of(args, model)
-        reference = Reference(load_data(args.data, shape, str(model.path)), net)
-        seeds = list(range(args.seed, args.seed + result["num"]))
-        compared = []
-        for how in settings:
-            images, calls = draw_slices(model, how, seeds, args.batch_size, device,
-                                        choose_dtype(args.dtype, device))
-            found = assess(reference, images, [f"seed {seed}" for seed in seeds],
-                           heights_told(model, seeds))
-            compared.append({**asdict(how), "calls": calls,
-                             "first_seed": args.seed, **found})
-            if args.compare:
-                print(f"{how.sampler}:{how.steps}, {calls} network calls\n{table(found)}\n")
-        result |= compared[0]
+def evaluate_folder(args: argparse.Namespace, net: nn.Module, model: Model | None) -> dict:
+    """What evaluation.json says of the slices in --slices."""
+    images, names = read_folder(args.slices, args.num)
+    shape = tuple(images.shape[1:])
+    if model and tuple(model.net.config.sample_size) != shape:
+        raise UserError(f"--slices {args.slices}: slices of {size_text(shape)}, but the model of "
+                        f"--checkpoint draws {size_text(model.net.config.sample_size)}; give "
+                        "slices of that model, or leave out --checkpoint")
+    reference = Reference(load_data(args.data, shape, f"--slices {args.slices}"), net)
+    return {"num": len(images), "size": list(shape)} | assess(reference, images, names)
+
+
+def evaluate_model(args: argparse.Namespace, net: nn.Module, model: Model,
+                   device: torch.device) -> dict:
+    """What evaluation.json says of a model with one sampler, or with each of --compare."""
+    args.num = args.num or NUM
+    if args.seed + args.num > EVAL_SEED:
+        raise UserError(f"--seed {args.seed} and --num {args.num} go beyond the last seed, "
+                        f"{EVAL_SEED - 1}")
+    shape = tuple(model.net.config.sample_size)
+    configs = sampler_configs(args, model)
+    make_denoiser(model, args, device), make_labels(model, args)  # a wrong option ends it here
+    reference, found = Reference(load_data(args.data, shape, str(model.path)), net), []
+    for config in configs:
+        drawn = draw_slices(model, args, config, device)
+        found.append({**asdict(config), "calls": drawn.calls, "first_seed": args.seed,
+                      **assess(reference, drawn.images, drawn.names, drawn.heights)})
         if args.compare:
-            result["compare"] = compared
-    result["size"] = list(shape)
-    return result
+            print(f"{config.sampler}:{config.steps}, {drawn.calls} network calls\n"
+                  f"{table(found[-1])}\n", flush=True)
+    return {"num": args.num, "size": list(shape)} | found[0] | (
+        {"compare": found} if args.compare else {})
 
 
 def main() -> None:
@@ -412,7 +401,13 @@ def main() -> None:
         import torchmetrics  # noqa: F401
     except ImportError:
         raise UserError(f"torchmetrics is not installed; {INSTALL}") from None
-    result = evaluate(args)
+    net, device, model = load_network(args.features), local_device(args.device), None
+    if args.checkpoint or not args.slices:
+        model = load_model(find_model(args.checkpoint or SHIPPED[args.model]), device)
+    result = {"data": str(args.data or "phantoms"), "features": net.name,
+              "model": (args.checkpoint or model.path.name) if model else str(args.slices)}
+    result |= evaluate_folder(args, net, model) if args.slices else \
+        evaluate_model(args, net, model, device)
     if not args.compare:
         print(table(result))
     draw_page(result, args.out / "evaluation.png")

@@ -16,6 +16,9 @@ REAL, GENERATED, GOOD, BAD = "#8a8f98", "#1f5fa8", "#2a7f4f", "#b5442c"
 TITLES = {name: measure.title for name, measure in MEASURES.items()} | {
     "memorisation": "Copying: share nearer than unseen's 99th percentile",
     "memorisation_features": "Copying: the same in features"}
+LEGEND = ("Floor: the same measure for as many slices of unseen subjects; its 95% interval is the "
+          "grey bar. Dot and line: the value and\nits 95% interval, green where it reaches the bar "
+          "or is better, red where it is worse. Each line has a scale of its own.")
 INDENT = {"fontsize": 9, "loc": "left"}
 
 
@@ -24,10 +27,11 @@ def draw_page(result: dict, path: Path) -> None:
     compared = result.get("compare", [])
     heights = [2.9, 3.3, 0.31 * len(result["measures"]) + 0.8] + [2.6] * bool(compared)
     with plt.rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = plt.figure(figsize=(10, sum(heights) + 0.3 + 0.2 * len(result["summary"])), layout="constrained")
-        parts = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.02)
         lines = [line for text in [heading(result), *result["summary"]]
                  for line in textwrap.wrap(text, 130)]
+        figure = plt.figure(figsize=(10, sum(heights) + 0.2 + 0.18 * len(lines)),
+                            layout="constrained")
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.02)
         figure.suptitle("\n".join(lines), fontsize=9.5, x=0.01, ha="left")
         left, right = parts[0].subplots(1, 2)
         draw_spectrum(left, result["curves"])
@@ -112,18 +116,15 @@ def draw_numbers(figure, measures: dict) -> None:
         if line % 2 == 0:
             axes.axhspan(line - 0.5, line + 0.5, color="#f3f4f6", lw=0)
         colour = "black" if row["floor"] is None else GOOD if row["as_real"] else BAD
-        numbers = {0.68: number(row["value"])}
-        if row["floor"] is not None:
-            numbers |= {0.78: number(row["floor"]), 0.98: " to ".join(map(number, row["interval"]))}
-            draw_place(axes, line, row, colour)
         axes.text(0, line, TITLES[name], va="center")
-        for x, text in numbers.items():
-            axes.text(x, line, text, va="center", ha="right", color=colour if x == 0.68 else "black",
-                      weight="bold" if x == 0.68 else "normal")
-    axes.text(0, len(measures) + 0.1, "Floor: the same measure for as many slices of unseen subjects; "
-              "its 95% interval is the grey bar. Dot and line: the value and its 95% interval, green "
-              "where it reaches the\nbar or is better, red where it is worse. Each line has a scale "
-              "of its own.", va="center", fontsize=7.5, color="#555555")
+        axes.text(0.68, line, number(row["value"]), va="center", ha="right", color=colour,
+                  weight="bold")
+        if row["floor"] is not None:
+            draw_place(axes, line, row, colour)
+            axes.text(0.78, line, number(row["floor"]), va="center", ha="right")
+            axes.text(0.98, line, " to ".join(map(number, row["interval"])), va="center",
+                      ha="right")
+    axes.text(0, len(measures) + 0.1, LEGEND, va="center", fontsize=7.5, color="#555555")
 
 
 def number(value: float) -> str:
@@ -152,9 +153,9 @@ def draw_comparison(figure, compared: list[dict]) -> None:
     for axes, name, title in zip(plots, ("kid", "frechet", "spectrum"), (
             "KID", "Frechet distance over its floor", "Spectrum, mean |log2 ratio|")):
         for sampler in dict.fromkeys(found["sampler"] for found in compared):
-            rows = sorted(((found["calls"], found["measures"][name]) for found in compared
-                          if found["sampler"] == sampler and name in found["measures"]),
-                          key=lambda row: row[0])
+            rows = [(found["calls"], found["measures"][name])
+                    for found in sorted(compared, key=lambda found: found["calls"])
+                    if found["sampler"] == sampler and name in found["measures"]]
             unit = rows[0][1]["floor"] if rows and name == "frechet" else None
             axes.plot([calls for calls, _ in rows], [row["value"] / (unit or 1) for _, row in rows],
                       "o-", label=sampler)
