@@ -77,7 +77,7 @@ def extract(net: nn.Module, images: Tensor) -> Tensor:
     padding = (left, side - width - left, top, side - height - top)
     parts = []
     with progress_bar(len(images), "features", "slice") as bar:
-        for part in images.split(32):
+        for part in images.split(32 if size == 128 else 8):  # for the memory
             square = F.pad(part[:, None].float(), padding)
             if side != size:
                 square = F.interpolate(square, (size, size), mode="bilinear", antialias=True,
