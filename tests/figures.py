@@ -6,7 +6,6 @@ RUN is the run folder of the shipped model (for its loss curve); ROOT holds the 
 stand beside the generated ones. Either may be left out; its figures then stay as they are.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -28,7 +27,6 @@ from dataset import (Slices, draw_phantom, load_splits, person_of,  # noqa: E402
                      phantom_slices)
 from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels, sample  # noqa: E402
 from predict import STRIP_LENGTH, Model, load_model  # noqa: E402
-from tools.evaluation_page import draw_comparison as draw_comparison_plots  # noqa: E402
 from tools.volumes import Cutting, cut_volume, upright  # noqa: E402
 from utils.checkpoint import SHIPPED  # noqa: E402
 from utils.cli import Parser, run_cli  # noqa: E402
@@ -191,13 +189,6 @@ def draw_conditions(model: Model) -> None:
     figure.savefig(IMAGES / "conditions.png", dpi=120)
 
 
-def draw_samplers(compared: list[dict]) -> None:
-    """Quality against network calls, of docs/samplers.json (tools.evaluate --compare)."""
-    figure = plt.figure(figsize=(10, 3), layout="constrained")
-    draw_comparison_plots(figure, compared)
-    figure.savefig(IMAGES / "samplers.png", dpi=110)
-
-
 def draw_progress(run: Path, size: tuple[int, int], steps=(750, 1500, 3000, 7500, 16_000)) -> None:
     """The first four samples of a run at some of its saves, one save a row."""
     height, width = size[0] + 1, 4 * (size[1] + 1) + 1
@@ -236,7 +227,6 @@ def main() -> None:
     draw_process(model, states)
     shown = torch.linspace(0, len(states) - 1, STRIP_LENGTH).round().long()
     save_grid(states[shown], IMAGES / "reverse.png", columns=STRIP_LENGTH)
-    draw_samplers(json.loads((ROOT / "docs" / "samplers.json").read_text())["compare"])
     native = load_model(SHIPPED["native"], CPU)
     draw_conditions(native)
     if args.data:
