@@ -45,7 +45,7 @@ IMAGES = ", ".join(sorted(EXTENSIONS))
 PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
 LARGEST_SIDE = 8192  # pixels; beyond it, a file is no slice, and padding would eat the memory
 CACHE_LIMIT = 32 * 2**30  # bytes of decoded slices; the least recently used go first
-CACHE_VERSION = 3  # raise it when the same files would decode to other pixels, or be refused
+CACHE_VERSION = 3  # raise it when the same files would decode to other pixels, or be rejected
 
 # ---------------------------------------------------------------------------------------------
 # Finding slices
@@ -71,7 +71,7 @@ def read_cases(root: Path) -> list[dict[str, str]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); mend or remove it") from None
+        raise UserError(f"{path}: cannot be read ({error}); fix or remove it") from None
 
 
 def person_finder(root: Path) -> Callable[[Path], str | None]:
@@ -169,7 +169,7 @@ def assign_splits(people: Iterable[str], known: dict[str, str] | None = None,
     return split_of | dict.fromkeys(order, "train")
 
 
-def in_two_splits(items: Iterable[tuple[str, Hashable, str]], what: str, mend: str) -> list[str]:
+def in_two_splits(items: Iterable[tuple[str, Hashable, str]], what: str, fix: str) -> list[str]:
     """Of (split, key, name): a line for each two splits that share keys."""
     first, shared = {}, {}
     for split, key, name in items:
@@ -177,14 +177,14 @@ def in_two_splits(items: Iterable[tuple[str, Hashable, str]], what: str, mend: s
         if other != split:
             shared.setdefault((other, split), []).append(
                 name if name == where else f"{where} and {name}")
-    return [f"{len(names)} {what} stand in both {a} and {b}, such as {names[0]}; {mend}"
+    return [f"{len(names)} {what} stand in both {a} and {b}, such as {names[0]}; {fix}"
             for (a, b), names in shared.items()]
 
 
 def people_in_two_splits(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
     """Of (split, person): a line for each two splits that share people."""
     return in_two_splits(((split, who, who) for split, who in dict.fromkeys(pairs) if who),
-                         "people", "move each person's slices to one split")
+                         "subjects", "move each subject's slices to one split")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,21 +193,21 @@ def people_in_two_splits(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
 
 
 class BadSlice(UserError):
-    """A file that is no slice to train on: what it is, and the mend."""
+    """A file that is no slice to train on: what it is, and the fix."""
 
-    def __init__(self, path: Path | str, what: str, mend: str = "replace or remove it"):
-        super().__init__(f"{path}: {what}; {mend}")
-        self.path, self.what, self.mend = path, what, mend
+    def __init__(self, path: Path | str, what: str, fix: str = "replace or remove it"):
+        super().__init__(f"{path}: {what}; {fix}")
+        self.path, self.what, self.fix = path, what, fix
 
 
 class BadSlices(UserError):
-    """Several of them: up to ten by name, a count, and the mends."""
+    """Several of them: up to ten by name, a count, and the fixes."""
 
     def __init__(self, bad: list[BadSlice], total: int, unit: str = "images"):
-        mends = "; ".join(dict.fromkeys(b.mend for b in bad))
+        fixes = "; ".join(dict.fromkeys(b.fix for b in bad))
         super().__init__((f"{bad[0].path}: {bad[0].what}" if len(bad) == 1 else
                           f"{len(bad)} of {total} {unit} cannot be used: {listing(bad)}")
-                         + f"; {mends}; or give --skip-bad to go on without")
+                         + f"; {fixes}; or give --skip-bad to go on without")
         self.bad = bad
 
 
@@ -377,7 +377,7 @@ def cache_file(files: list[Path], image_size: int | None, cache: Path | None,
     facts = []
     for path in files:
         facts.append(os.path.abspath(path))
-        with contextlib.suppress(OSError):  # a broken link; never cached, since it is refused
+        with contextlib.suppress(OSError):  # a broken link; never cached, since it is rejected
             found = path.stat()
             facts += [found.st_size, found.st_mtime_ns]
     key = hashlib.sha256(repr((CACHE_VERSION, image_size, few_levels, facts)).encode()).hexdigest()
@@ -580,7 +580,7 @@ class Slices:
     """Slices of one split, kept as uint8 where that is fastest, handed out as [-1, 1].
 
     numbers: float32 (N,), each slice's number, which rises with its height in the head; classes:
-    each slice's class, "" for none; people: whose each is. On a GPU the set is copied to the card
+    each slice's class, "" for none; people: whose each is. On a GPU the set is copied to the GPU
     if it takes less than a quarter of the free memory.
     """
 

@@ -393,7 +393,7 @@ class SchedulerConfig:
     beta_schedule: "linear" (Ho et al., section 4) or "squaredcos_cap_v2", the cosine schedule
         (Nichol & Dhariwal, eq. 17).
     log_snr_shift: added to the log signal-to-noise ratio of every timestep; 2 ln(64 / d) keeps, for
-        images of d x d pixels, the noise that hides as much as at 64 (Hoogeboom et al. 2023, eq. 7;
+        images of d x d pixels, the noise that hides as much as at 64 (Hoogeboom et al. 2023;
         diffusers takes the shifted betas as `trained_betas`).
     rescale_betas_zero_snr: shift the schedule so that no signal is left at T - 1 (Lin et al.
         2024, algorithm 1).

@@ -39,7 +39,7 @@ STRIP_LENGTH = 10  # pictures in the strip of the reverse process
 
 @dataclass
 class Model:
-    """A trained net with its averaged weights, its diffusion, and where it came from."""
+    """A trained net with its EMA weights, its diffusion, and where it came from."""
 
     net: UNet
     scheduler: NoiseScheduler
@@ -49,7 +49,7 @@ class Model:
 
 
 def load_model(path: Path, device: torch.device) -> Model:
-    """Rebuilds the net of a file from the configs in it, with the averaged weights.
+    """Rebuilds the net of a file from the configs in it, with the EMA weights.
 
     Raises UserError if the file is damaged, of something else, or its weights do not fit its
     configs.
@@ -127,6 +127,8 @@ def make_denoiser(model: Model, args: argparse.Namespace, device: torch.device) 
     Raises UserError for guidance without either, or values that make no sense.
     """
     asked = args.guidance is not None or args.guidance_interval
+    if args.guidance_interval and args.guidance is None and not args.guide:
+        raise UserError("--guidance-interval needs --guidance W or --guide CHECKPOINT")
     if asked and not args.guide and not model.labels.dim:
         option = "--guidance" if args.guidance is not None else "--guidance-interval"
         raise UserError(f"{option} needs a model to guide away from, since {model.path} has no "

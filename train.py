@@ -6,7 +6,7 @@
     torchrun --standalone --nproc-per-node gpu -- train.py --data ROOT --preset 128
 
 Everything goes to one run folder: checkpoint.pt and the one before it, config.json, metrics.csv,
-loss.png, samples/ and, at the end, results.json and model.safetensors (the averaged weights in half
+loss.png, samples/ and, at the end, results.json and model.safetensors (the EMA weights in half
 precision). The same command again continues where the run stopped, on any number of processes:
 after Ctrl-C, SIGTERM, SIGUSR1 or --max-hours at that very step, else at the last checkpoint.
 """
@@ -300,7 +300,7 @@ def draw_timesteps(count: int, cdf: Tensor) -> Tensor:
 
 
 class Run:
-    """A training run: its net, averaged net, optimiser, data and folder."""
+    """A training run: its net, EMA model, optimiser, data and folder."""
 
     def __init__(self, folder: Path, unet: UNetConfig, scheduler: SchedulerConfig,
                  labels: LabelConfig, config: TrainConfig, data: dict[str, Slices],
@@ -323,7 +323,7 @@ class Run:
         if world_size() > 1:
             self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.deferred = device.type == "cuda"  # numbers are looked at when the card is waited for
+        self.deferred = device.type == "cuda"  # numbers are looked at when the GPU is waited for
         self.bad, self.skipped = torch.zeros(3, device=device), torch.zeros((), device=device)
         self.step, self.saved_step, self.keep, self.auto_dtype = 0, 0, 1, False
         self.seconds = 0.0
@@ -421,7 +421,7 @@ class Run:
         return norm
 
     def watch(self, loss: Tensor, norm: Tensor) -> None:
-        """Notes the first step whose numbers are bad, and stops there. On a card, the host does
+        """Notes the first step whose numbers are bad, and stops there. On a GPU, the host does
         not wait for them: the fused optimiser reads `found_inf` there, and leaves the weights
         alone from that step on.
 
@@ -455,7 +455,7 @@ class Run:
 
     @torch.inference_mode()
     def evaluate(self, split: str) -> dict[str, float]:
-        """Loss of the averaged net on a split: the mean, and by quartile of the timestep.
+        """Loss of the EMA model on a split: the mean, and by quartile of the timestep.
 
         Every slice has its own fixed noise and timestep (several, if there are few slices), and
         the timesteps are spread evenly over [0, T): two evaluations differ by the weights alone.
@@ -485,7 +485,7 @@ class Run:
         return {"loss": losses.mean().item(), **parts}
 
     def sample(self, num: int = 16, sampler: SamplerConfig = QUALITY["default"]) -> Tensor:
-        """Slices of the averaged net from the seeds 0 to num - 1, the same at every call.
+        """Slices of the EMA model from the seeds 0 to num - 1, the same at every call.
 
         Processes share the seeds out; the last may draw some twice.
         """
@@ -675,7 +675,7 @@ def draw_losses(folder: Path, rows: list[dict]) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     curves = [(left, "loss", "train", dict(color="0.7")),
-              (left, "validation_loss", "validation, averaged net",
+              (left, "validation_loss", "validation, EMA model",
                dict(marker="o", ms=3, color="C3"))]
     curves += [(right, f"validation_{quartile}", f"t in [{index}/4, {index + 1}/4) of T",
                 dict(marker="o", ms=3)) for index, quartile in enumerate(QUARTILES)]
@@ -866,7 +866,7 @@ def prepare(args: argparse.Namespace) -> Run:
     Raises UserError for options, data or a folder that do not do, before anything is written.
     """
     device = local_device(args.device)
-    # What a card's kernels are started by is written in C.
+    # What a GPU's kernels are started by is written in C.
     compilers = ("g++", "c++") if device.type == "cpu" else (os.environ.get("CC", "gcc"), "clang")
     if args.compile and not any(map(shutil.which, compilers)):
         raise UserError(f"--compile: no compiler ({compilers[0]}) here; install one, or leave it "
@@ -876,7 +876,7 @@ def prepare(args: argparse.Namespace) -> Run:
                         "it out (metrics.csv holds the same)")
     size = None if args.image_size == "native" else args.image_size
     if size is not None:
-        make_configs(args, (size, size), device, 0)  # refuses before hours of decoding
+        make_configs(args, (size, size), device, 0)  # rejects before hours of decoding
     # A machine's first process decodes them, before the others read its cache.
     load = partial(load_splits, args.data, size, args.cache, args.skip_bad,
                    args.few_levels)

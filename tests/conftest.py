@@ -45,7 +45,7 @@ def call(script, *args, cwd):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA card; `pytest -m gpu` runs these alone")
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `pytest -m gpu` runs these alone")
 
 
 @pytest.fixture(autouse=True)

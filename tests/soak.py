@@ -154,7 +154,7 @@ def compare(a: Path, b: Path) -> dict[str, bool]:
     # The library writes a file's metadata in any order.
     weights = [checkpoint.read_safetensors(run / "model.safetensors") for run in (a, b)]
     checkpoints = [checkpoint.read_checkpoint(run / "checkpoint.pt") for run in (a, b)]
-    return {"weights, averaged weights, optimiser": equal(*checkpoints),
+    return {"weights, EMA weights, optimiser": equal(*checkpoints),
             "metrics.csv": equal(*rows), "samples": equal(*pictures),
             "model.safetensors": equal(*weights)}
 

@@ -210,8 +210,8 @@ def test_one_line_for_all_processes(data, tmp_path):
 
 @pytest.mark.parametrize("name", ["cuda", "cpu:0", "mps:0"])
 def test_a_device_that_is_no_numbered_card(monkeypatch, name):
-    """torch.cuda.set_device takes no plain "cuda", which is what "auto" means on one card, and
-    nothing but cards."""
+    """torch.cuda.set_device takes no plain "cuda", which is what "auto" means on one GPU, and
+    nothing but GPUs."""
     monkeypatch.setattr(distributed, "choose_device", torch.device)
     assert distributed.local_device(name) == torch.device(name)
 
@@ -443,7 +443,7 @@ def test_a_last_save_that_fails_is_exit_code_2(data, tmp_path, refused, monkeypa
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_bad_numbers_stop_the_run_before_a_weight_is_touched(make_run, what, deferred):
-    """deferred: as on a card, where the numbers are only looked at once per log interval."""
+    """deferred: as on a GPU, where the numbers are only looked at once per log interval."""
     run = make_run(batch_size=12, steps=20)
     run.deferred = deferred
     real, weights = run.loss, {}
@@ -544,7 +544,7 @@ def test_a_second_ctrl_c_stops_at_once(make_run):
 
 
 def test_micro_batches_may_change_when_continuing(make_run):
-    """A smaller card takes the same run in more pieces."""
+    """A smaller GPU takes the same run in more pieces."""
     still = replace(TINY, dropout=0.0, block_out_channels=(64, 64))
     whole, parts = (make_run(name, still, learning_rate=1e-4) for name in ("whole", "parts"))
     train(whole, log_every=1, save_every=8)

@@ -1,7 +1,7 @@
-"""A card's code on a machine without one: tensors that have a device and a shape, but no numbers.
+"""A GPU's code on a machine without one: tensors that have a device and a shape, but no numbers.
 
 Such a tensor raises where two devices meet, and where the host would have to wait for a number of
-it. PyTorch's backward pass alone does not run with them. With a card, test_gpu.py shows more.
+it. PyTorch's backward pass alone does not run with them. With a GPU, test_gpu.py shows more.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules import NoiseScheduler, SamplerConfig, make_scheduler_config
 
-pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: -m gpu"),
+pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: -m gpu"),
               pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")]
 
 
@@ -62,12 +62,12 @@ def run_on_card(make_run, monkeypatch):
         yield make
 
 
-@pytest.mark.parametrize("free", [2**36, 0], ids=["set on the card", "set on the host"])
+@pytest.mark.parametrize("free", [2**36, 0], ids=["set on the GPU", "set on the host"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_step_stays_on_the_card_and_the_host_never_waits(run_on_card, dtype, free):
     run = run_on_card(free, dtype=dtype, accumulate=2)
     assert run.data["train"].images.is_cuda == bool(free)
-    run.train_step()  # tables go to the card once
+    run.train_step()  # tables go to the GPU once
     with NoWaiting():
         norm = run.train_step()
     state = [tensor for values in run.optimizer.state.values() for tensor in values.values()]
@@ -83,5 +83,5 @@ def test_a_step_stays_on_the_card_and_the_host_never_waits(run_on_card, dtype, f
 def test_samples_and_validation_stay_on_the_card(run_on_card, dtype):
     run = run_on_card(dtype=dtype)
     assert run.sample(4, SamplerConfig(steps=3)).is_cuda
-    with pytest.raises(DynamicOutputShapeException):  # the losses' quartiles, behind the card
+    with pytest.raises(DynamicOutputShapeException):  # the losses' quartiles, behind the GPU
         run.evaluate("validate")

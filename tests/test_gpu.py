@@ -1,4 +1,4 @@
-"""What only a card can show: `pytest -m gpu tests`. Skipped where there is none.
+"""What only a GPU can show: `pytest -m gpu tests`. Skipped where there is none.
 
 The CPU in float32 is the reference: it is held to diffusers and to closed forms elsewhere.
 """
@@ -20,10 +20,10 @@ from utils.cli import UserError
 CUDA = torch.device("cuda")
 STILL = replace(TINY, dropout=0.0)  # dropout draws from each device's own generator
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA card here")]
+    not torch.cuda.is_available(), reason="no CUDA GPU here")]
 bf16 = pytest.param("bfloat16", marks=pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-    reason="this card has no bfloat16"))
+    reason="this GPU has no bfloat16"))
 DTYPES = ("float32", "float16", bf16)
 
 
@@ -114,7 +114,7 @@ def test_compiled_is_as_eager(make_run):
 def test_no_step_waits_for_the_card(make_run, dtype):
     """PyTorch itself reports each operation that makes the host wait."""
     run = make_run(device=CUDA, dtype=dtype, accumulate=2)
-    run.train_step()  # tables go to the card once
+    run.train_step()  # tables go to the GPU once
     torch.cuda.set_sync_debug_mode("error")
     try:
         run.train_step()
@@ -140,7 +140,7 @@ def test_continues_on_the_card_and_moves_to_the_cpu(make_run, dtype):
 
 @pytest.mark.parametrize("dtype", ("float32", "float16"))
 def test_bad_numbers_leave_the_weights_alone_from_that_step_on(make_run, dtype):
-    """The optimiser heeds the flag on the card; the host hears of it later, at the log line."""
+    """The optimiser heeds the flag on the GPU; the host hears of it later, at the log line."""
     run = make_run(device=CUDA, dtype=dtype)
     run.train_step()
     before = [p.clone() for p in run.net.parameters()]

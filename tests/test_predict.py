@@ -160,7 +160,7 @@ def test_a_trained_run_goes_straight_into_predict(make_run, tmp_path):
     from_checkpoint = load_model(find_model(str(run.folder)), CPU)
     assert from_checkpoint.step == 8
     for name, tensor in from_checkpoint.net.state_dict().items():
-        assert torch.equal(tensor, run.ema.net.state_dict()[name])  # the averaged weights
+        assert torch.equal(tensor, run.ema.net.state_dict()[name])  # the EMA weights
     half = load_model(find_model(str(run.folder / "model.safetensors")), CPU)
     for name, tensor in half.net.state_dict().items():
         torch.testing.assert_close(tensor, run.ema.net.state_dict()[name], rtol=1e-3, atol=1e-6)

@@ -389,7 +389,7 @@ def test_the_same_command_works_once_the_source_is_mended(tmp_path, refused, run
     folder = source(tmp_path)
     other = source(tmp_path, "test", first=5, count=3)
     refused("tools.prepare", [tmp_path / "s", tmp_path / "o"],
-            "1 people stand in both test and train, such as case_002", "move each")
+            "1 subjects stand in both test and train, such as case_002", "move each")
     (folder / "case_002_slice_1.png").unlink()
     (folder / "case_002_slice_0.png").rename(other / "case_002_slice_0.png")
     run("prepare", tmp_path / "s", tmp_path / "o")
@@ -589,7 +589,7 @@ PICTURES = [
     (constant, ["case_001_slice_1.png: is of one grey level", "remove"]),
     (colour, ["case_001_slice_1.png: cannot be read (it is in colour", "replace or remove"]),
     (unreadable, ["12 of 40", "case_009_slice_1.png", "; ...;", "--skip-bad"]),
-    (shared_person, ["1 people stand in both train and test, such as case_002", "move each"]),
+    (shared_person, ["1 subjects stand in both train and test, such as case_002", "move each"]),
     (shared_picture, ["1 pictures stand in both train and test, such as train/case_001_slice_1.png"
                       " and test/case_077_slice_0.png", "remove one copy"]),
 ]
@@ -775,7 +775,7 @@ def test_any_damage_ends_in_one_line_or_in_slices(tmp_path):
                 outcomes.append(None)
             except dataset.BadSlice as error:
                 outcomes.append(str(error))
-                assert str(error).startswith(str(path)) and error.mend
+                assert str(error).startswith(str(path)) and error.fix
     assert sum(outcome is not None for outcome in outcomes) > 120
 
 
@@ -852,6 +852,6 @@ def test_ten_thousand_tiny_files(tmp_path):
 
 def test_inspect_finds_the_people_of_the_real_slices(oasis, tmp_path, run):
     said = run("inspect", oasis, "--out", tmp_path / "i.png").out
-    for words in ("4800 slices   150 people", "480 slices    15 people", "176x208 JPEG 8 bits",
+    for words in ("4800 slices   150 subjects", "480 slices    15 subjects", "176x208 JPEG 8 bits",
                   "no duplicates", "cannot be used: none"):
         assert words in said

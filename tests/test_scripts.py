@@ -101,7 +101,7 @@ def test_predict_refuses(tmp_path, refused, args, words):
 def test_inspect(data, tmp_path, refused):
     result = call("tools.inspect", data, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "12 slices     3 people" in result.stdout
+    assert "12 slices     3 subjects" in result.stdout
     with Image.open(tmp_path / "inspect.png") as picture:
         assert picture.size == (8 * 129 + 1, 2 * 129 + 1)
     refused("tools.inspect", [tmp_path / "nowhere"], "nowhere")

@@ -219,14 +219,14 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(make_run, stop_at):
 
 
 def test_a_run_moves_to_a_device_with_another_optimiser(make_run):
-    """Apple's mps has no fused one that skips bad steps; a card needs it, whatever was saved."""
+    """Apple's mps has no fused one that skips bad steps; a GPU needs it, whatever was saved."""
     run = make_run()
     run.optimizer.param_groups[0]["fused"] = False
     run.train_step()
     run.save()
     again = make_run()
     again.resume()
-    again.deferred = True  # as on a card
+    again.deferred = True  # as on a GPU
     again.train_step()
     again.check()
     assert all(state["step"] == 2 for state in again.optimizer.state.values())

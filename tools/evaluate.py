@@ -11,6 +11,7 @@ Every number stands beside its floor: the same measure for as many real slices o
 
 import argparse
 import hashlib
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from dataset import (BadSlice, Split, images_in, in_parallel, load_splits, read_gray,
                      slice_number)
-from modules import SAMPLERS, SamplerConfig, noise_levels, sample
+from modules import SAMPLERS, SPACINGS, SamplerConfig, noise_levels, sample, seed_height
 from predict import (Model, add_sampling_options, load_model, make_denoiser, make_labels,
                      option_error, sampler_config)
 from tools.audit import SHOWN, Nearest, in_words, judge, nearest
@@ -42,13 +43,18 @@ NUM = 400  # slices that are drawn
 # ---------------------------------------------------------------------------------------------
 
 
-def setting(text: str) -> tuple[str, int]:
-    """An argparse type: ddim:50 -> ("ddim", 50)."""
-    sampler, _, steps = text.partition(":")
-    if sampler not in SAMPLERS or not steps.isdigit() or int(steps) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not SAMPLER:STEPS, such as ddim:50, with "
-                                         f"one of the samplers {', '.join(SAMPLERS)}")
-    return sampler, int(steps)
+SETTING = re.compile(rf"({'|'.join(SAMPLERS)}):([1-9]\d*)(?::({'|'.join(SPACINGS)}))?")
+
+
+def setting(text: str) -> dict:
+    """An argparse type: SAMPLER:STEPS or SAMPLER:STEPS:SPACING -> these options of predict.py."""
+    match = SETTING.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not SAMPLER:STEPS or SAMPLER:STEPS:SPACING, such as ddim:50:trailing, "
+            f"with a sampler of {', '.join(SAMPLERS)} and a spacing of {', '.join(SPACINGS)}")
+    given = {"sampler": match[1], "steps": int(match[2])}
+    return given | ({"spacing": match[3]} if match[3] else {})
 
 
 class Drawn(NamedTuple):
@@ -71,11 +77,12 @@ def draw_slices(model: Model, args: argparse.Namespace, config: SamplerConfig,
     with progress_bar(batches * (config.steps + 1), f"{config.sampler}:{config.steps}",
                       "state") as bar:
         drawn = sample(denoise, seeds, shape, config, args.batch_size, device,
-                            lambda *_: bar.update(), labels)
+                       lambda *_: bar.update(), labels)
         images = [to_uint8(batch)[:, 0] for batch in drawn]
     heights = None
     if model.labels.height_range:
-        heights = labels(seeds)[:, 1].clamp(-1, 1).acos() / torch.pi  # of cos(pi h)
+        heights = torch.tensor([seed_height(seed) if args.position is None else args.position
+                                for seed in seeds])
     return Drawn(torch.cat(images), [f"seed {seed}" for seed in seeds], heights,
                  denoise.calls // batches)
 
@@ -332,7 +339,7 @@ def parse_args() -> argparse.Namespace:
         help=f"how many slices (default: {NUM}, or all that --slices holds)")
     add("--out", type=Path, default=Path("evaluation"), metavar="DIR",
         help="folder for evaluation.json and evaluation.png (default: %(default)s)")
-    add("--compare", type=setting, nargs="+", metavar="SAMPLER:STEPS",
+    add("--compare", type=setting, nargs="+", metavar="SAMPLER:STEPS[:SPACING]",
         help="evaluate each of these and plot quality against network calls")
     add("--features", type=Path, metavar="FILE.pt",
         help="TorchScript network, float32 (B, 3, S, S) from 0 to 255 -> (B, D) (default: "
@@ -350,9 +357,8 @@ def parse_args() -> argparse.Namespace:
 def sampler_configs(args: argparse.Namespace, model: Model) -> list[SamplerConfig]:
     """How to sample, for each of --compare or once. Raises UserError for what does not fit."""
     configs = []
-    for sampler, steps in args.compare or [(args.sampler, args.steps)]:
-        given = {**vars(args), "sampler": sampler, "steps": steps}
-        configs.append(sampler_config(argparse.Namespace(**given)))
+    for given in args.compare or [{}]:
+        configs.append(sampler_config(argparse.Namespace(**vars(args) | given)))
         try:
             noise_levels(model.scheduler, configs[-1])
         except ValueError as error:

@@ -59,7 +59,7 @@ def survey_splits(root: Path | None, few_levels: bool
 def inspect(root: Path | None, picture: Path, few_levels: bool = False) -> None:
     """Prints what a root holds, split by split, and saves a picture of random slices.
 
-    Raises UserError, after the report, if train.py would refuse the root.
+    Raises UserError, after the report, if train.py would reject the root.
     """
     person = person_finder(root) if root else person_of
     found = survey_splits(root, few_levels)
@@ -77,13 +77,13 @@ def inspect(root: Path | None, picture: Path, few_levels: bool = False) -> None:
     troubles = people_in_two_splits((s, person(path)) for s in found for path, _ in found[s])
     troubles += in_two_splits(kept, "pictures", "remove one copy")
     troubles += [str(BadSlices(bad, sum(map(len, found.values()))))] if bad else []
-    print("  people or pictures in two splits, files that cannot be used: "
+    print("  subjects or pictures in two splits, files that cannot be used: "
           + ("none" if not troubles else "".join(f"\n    {line}" for line in troubles)))
     if rows:
         save_grid(torch.from_numpy(np.stack(rows))[:, None] / 127.5 - 1, picture, columns=8)
         print(f"8 random slices of each split, row by row: {picture}")
     if troubles:
-        raise UserError(f"{root}: train.py would refuse it: {troubles[0]}")
+        raise UserError(f"{root}: train.py would reject it: {troubles[0]}")
 
 
 def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
@@ -91,7 +91,7 @@ def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
     counts = np.sum([facts.counts for _, facts in good], axis=0)
     people = len({person(path) for path, _ in good} - {None})
     again = len(good) - len({facts.digest for _, facts in good})
-    print(f"  {people or 'unknown':>4} people  mean grey level "
+    print(f"  {people or 'unknown':>4} subjects  mean grey level "
           f"{counts @ np.arange(256) / counts.sum():5.1f}  black "
           f"{counts[:8].sum() / counts.sum():4.0%}  {again or 'no'} duplicates")
     kinds = Counter(facts.kind for _, facts in good)
@@ -106,7 +106,7 @@ def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
 def main() -> None:
     parser = Parser(prog="python -m tools.inspect",
                     description="Shows what a folder of slices holds before a GPU week is spent on "
-                                "it: counts, people, sizes, grey levels, duplicates, bad files, "
+                                "it: counts, subjects, sizes, grey levels, duplicates, bad files, "
                                 "and one picture.")
     parser.add_argument("root", nargs="?", type=Path, metavar="ROOT",
                         help="folder of slices (default: the built-in phantoms)")

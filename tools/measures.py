@@ -316,7 +316,7 @@ def pair_similarity(images: Tensor, first: Tensor, second: Tensor) -> Tensor:
     weights = tuple(weight / sum(SCALES[:scales]) for weight in SCALES[:scales])
     return torch.cat([multiscale_structural_similarity_index_measure(
         images[a][:, None].float() / 255, images[b][:, None].float() / 255, data_range=1.0,
-        betas=weights, reduction="none") for a, b in zip(first.split(32), second.split(32))]
+        betas=weights, reduction="none") for a, b in zip(first.split(8), second.split(8))]
         ).double()
 
 

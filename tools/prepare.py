@@ -122,7 +122,7 @@ def participants(root: Path) -> dict[str, dict[str, str]]:
 
 
 def picture_scans(root: Path, files: list[Path]) -> list[Scan]:
-    """A scan for each series of numbered pictures of a person, or for each picture of nobody.
+    """A scan for each series of numbered pictures of a subject, or each picture without one.
 
     Folders named as a split tell the split; else the last folder's name is the class.
     """

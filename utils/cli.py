@@ -16,7 +16,7 @@ EVAL_SEED = 2**31  # far from the seeds that people give their slices
 
 
 class UserError(Exception):
-    """A failure that the user can mend; its text is the one line that is shown."""
+    """A failure that the user can fix; its text is the one line that is shown."""
 
 
 class Parser(argparse.ArgumentParser):

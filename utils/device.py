@@ -47,7 +47,7 @@ def unusable_gpu() -> str | None:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type the network computes in: "float32", "bfloat16", or the faster one for "auto".
 
-    bfloat16 is faster where the hardware has it: NVIDIA cards from Ampere on, and CPUs with the
+    bfloat16 is faster where the hardware has it: NVIDIA GPUs from Ampere on, and CPUs with the
     instructions for it (elsewhere a CPU emulates it, many times slower).
     """
     if name != "auto":
@@ -84,7 +84,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory so far, in GiB: of the card, or of this process on a CPU."""
+    """Peak memory so far, in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # not on Windows

@@ -72,7 +72,7 @@ def from_first(work: Callable):
 
 
 def local_device(name: str) -> torch.device:
-    """The device of --device; of several processes, each has its own card.
+    """The device of --device; of several processes, each has its own GPU.
 
     Raises UserError for one that is not here.
     """

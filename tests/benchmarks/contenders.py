@@ -2,7 +2,7 @@
 
 Each `make` function takes a device and settings and returns a function that does one step.
 Ours is train.py itself. The others get the same net where they can (diffusers: the very weights),
-the same uint8 slices, and their own loop, optimiser and averaged weights.
+the same uint8 slices, and their own loop, optimiser and EMA weights.
 """
 
 import modules

@@ -70,16 +70,16 @@ def loop_costs(size: int, device: torch.device) -> list[dict]:
             "samples, 16 slices": (run.sample, per_save),
             "loss.png": (lambda: draw_losses(run.folder, run.rows), per_save),
             "checkpoint": (run.save, per_save),
-            "averaged weights": (lambda: run.ema.update(run.net), 1000),
+            "EMA weights": (lambda: run.ema.update(run.net), 1000),
         }
         with contextlib.redirect_stdout(io.StringIO()):  # the log's lines
             costs = {name: fastest(work, 5, device) * n for name, (work, n) in parts.items()}
-        # A net of one weight: what is left of a step is the loop, averaged weights included.
+        # A net of one weight: what is left of a step is the loop, EMA weights included.
         weight = torch.ones((), device=device, requires_grad=True)
         run.wrapped = lambda sample, timesteps: sample * weight
         loop = fastest(run.train_step, 20, device)
     costs = {"the step itself": whole * 1000,
-             "data, noise, target, averaged weights, bookkeeping": loop * 1000, **costs}
+             "data, noise, target, EMA weights, bookkeeping": loop * 1000, **costs}
     return [dict(name=name, seconds=seconds, share=seconds / (whole * 1000))
             for name, seconds in costs.items()]
 
@@ -93,7 +93,7 @@ def main() -> None:
                         metavar="B", help="slices per step (default: 2 4 8 16 32)")
     parser.add_argument("--processes", type=int, nargs="+", metavar="N",
                         help="numbers of processes (default: 1 2 on a CPU, else all that divide "
-                             "the batch, up to one a card)")
+                             "the batch, up to one a GPU)")
     args = parser.parse_args()
     device = local_device(args.device)
     cards = torch.cuda.device_count() if device.type == "cuda" else 2

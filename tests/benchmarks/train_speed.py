@@ -4,7 +4,7 @@
     python tests/benchmarks/train_speed.py --sizes 64 --scaling
 
 Images per second of whole training steps (data, noise, forward, backward, clipping, optimiser,
-averaged weights), FLOP/s of the net's counted work, peak memory, and the share of the rate that
+EMA weights), FLOP/s of the net's counted work, peak memory, and the share of the rate that
 this machine's own 3x3 convolutions reach in the same run in the same type.
 """
 
