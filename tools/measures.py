@@ -338,9 +338,11 @@ def inside_brain(images: Tensor) -> Tensor:
 
 def grey_counts(sample: Sample) -> Tensor:
     """How many pixels inside the brain have each of 256 grey levels, float64 (N, 256)."""
-    return torch.stack([torch.bincount(image[mask].long(), minlength=256)
-                        for part in sample.images.split(256)
-                        for image, mask in zip(part, inside_brain(part))]).double()
+    parts = []
+    for part in sample.images.split(16):  # few at a time: running maxima come with int64 indices
+        slot = 256 * torch.arange(len(part))[:, None, None] + part
+        parts.append(torch.bincount(slot[inside_brain(part)], minlength=256 * len(part)))
+    return torch.cat(parts).view(-1, 256).double()
 
 
 def brain_area(sample: Sample) -> Tensor:
