@@ -22,7 +22,7 @@ from torch import Tensor
 from modules import (DEFAULT_STEPS, QUALITY, SAMPLERS, SPACINGS, Denoiser, LabelConfig,
                      NoiseScheduler, SamplerConfig, SchedulerConfig, UNet, UNetConfig,
                      noise_levels, sample)
-from utils.checkpoint import SHIPPED, find_model, read_checkpoint, read_safetensors
+from utils.checkpoint import SHIPPED, find_model, read_model
 from utils.cli import (EVAL_SEED, Parser, UserError, checked, positive_float, positive_int,
                        progress_bar, run_cli, seed_number)
 from utils.device import choose_dtype, keep_freed_memory
@@ -54,7 +54,7 @@ def load_model(path: Path, device: torch.device) -> Model:
     Raises UserError if the file is damaged, of something else, or its weights do not fit its
     configs.
     """
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    content = read_model(path)
     try:
         content["unet"].pop("num_class_embeds", None)  # always None in files that have it
         net = UNet(UNetConfig(**content["unet"]))

@@ -45,7 +45,7 @@ from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augment
 from modules import (EMA, QUALITY, SCHEDULES, Denoiser, LabelConfig, NoiseScheduler, SamplerConfig,
                      SchedulerConfig, UNet, UNetConfig, make_scheduler_config, run_net, sample,
                      seeded_noise)
-from utils.checkpoint import FORMAT, Damaged, read_checkpoint
+from utils.checkpoint import FORMAT, Damaged, find_model, read_checkpoint, read_model
 from utils.cli import (EVAL_SEED, Parser, UserError, checked, fraction, natural, positive_float,
                        positive_int, run_cli, seed_number)
 from utils.device import (choose_dtype, describe_machine, keep_freed_memory, memory_gib,
@@ -96,6 +96,7 @@ class TrainConfig:
     p_std: float = 1.2
     augment: float = 0.0
     label_dropout: float = 0.1
+    init: str | None = None
     extended: tuple = ()
 
 
@@ -146,6 +147,8 @@ OPTIONS = {
         ("condition", "what else the net is told: height in the head, class (cases.csv), or none; "
          "what the data do not state is left out", None, ("height", "class", "none")),
         ("label-dropout", "probability with which each of them is left out", 0.1, fraction),
+        ("init", "run folder or file whose EMA weights to start from, to fine-tune them (default: "
+         "random weights)", None, str),
         ("seed", "seed of weights, order, timesteps and noise", 0, seed_number),
     ],
     "optimisation": [
@@ -329,6 +332,28 @@ class Run:
         self.seconds = 0.0
         self.loss_sum, self.loss_count = torch.zeros((), device=device), 0
         self.rows: list[dict] = []
+
+    def initialise(self, path: Path) -> None:
+        """Starts from the EMA weights of a model. Tensors of another name or shape, as where labels
+        are added or the image size changes, keep their random values; one line names them.
+
+        Raises UserError if the file is damaged, or less than half of the tensors fit.
+        """
+        ours, theirs = self.net.state_dict(), read_model(path)["ema"]
+        fitting = {name: tensor for name, tensor in theirs.items()
+                   if name in ours and tensor.shape == ours[name].shape}
+        if len(fitting) < len(ours) / 2:
+            raise UserError(f"--init {path}: only {len(fitting)} of the net's {len(ours)} tensors "
+                            "fit; give a model of the same --block-out-channels and "
+                            "--layers-per-block")
+        self.net.load_state_dict(fitting, strict=False)
+        self.ema.net.load_state_dict(self.net.state_dict())
+        if self.ema_short:
+            self.ema_short.net.load_state_dict(self.net.state_dict())
+        new = ", ".join(name for name in ours if name not in fitting)
+        if rank() == 0:
+            print(f"--init {path}: {len(fitting)} of {len(ours)} tensors; random: {new or 'none'}",
+                  flush=True)
 
     # Training ----------------------------------------------------------------------------
 
@@ -900,6 +925,8 @@ def prepare(args: argparse.Namespace) -> Run:
             raise
         raise UserError(f"{run.checkpoint}: is damaged ({str(error).splitlines()[0]}); give "
                         "another --run") from None
+    if args.init and run.step == 0:
+        together(lambda: run.initialise(find_model(args.init, "--init")))
     return run
 
 

@@ -68,6 +68,11 @@ def read_safetensors(path: Path) -> dict:
                         "one") from None
 
 
+def read_model(path: Path) -> dict:
+    """The contents of a checkpoint or a model.safetensors; raises UserError as their readers do."""
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+
+
 def find_model(name: str | Path, option: str = "--checkpoint") -> Path:
     """The file that an option means: a file, a run folder's, or the newest run's.
 
