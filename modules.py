@@ -675,6 +675,19 @@ def run_net(net: Callable, sample: Tensor, timesteps: Tensor, dtype: torch.dtype
                    *([] if labels is None else [labels])).float()
 
 
+def remove_grid(x: Tensor, patch_size: int) -> Tensor:
+    """x, (B, C, H, W), without its part that repeats with the period of the patches.
+
+    GroupNorm subtracts the means of feature maps. In a net of patches, they hold this part of the
+    noise, which the net therefore hardly sees: it would stay in the image as a grid. Real images
+    hold next to nothing there.
+    """
+    means = F.pixel_unshuffle(x, patch_size).mean((2, 3), keepdim=True)
+    grid = F.pixel_shuffle(means, patch_size)  # (B, C, patch_size, patch_size)
+    grid = grid - grid.mean((2, 3), keepdim=True)
+    return x - grid.repeat(1, 1, *(side // patch_size for side in x.shape[2:]))
+
+
 class Denoiser:
     """Predicts the clean image and the noise in x_t: the one thing that samplers call.
 
@@ -686,6 +699,7 @@ class Denoiser:
     epsilon_scale: divides the predicted noise (Ning et al. 2024); above 1 sharpens.
     clip: whether to clip x_0 to [-1, 1]; None for the scheduler's `clip_sample`.
     dtype: the type that the nets compute in.
+    patch_size: that of the net, whose grid is removed from x_0, see `remove_grid`; 1 for none.
 
     labels: what the images are conditioned on, set for each batch; None for nothing.
     `calls` counts the calls of net and guide so far.
@@ -695,8 +709,9 @@ class Denoiser:
                  guide: Callable[[Tensor, Tensor], Tensor] | None = None, guidance: float = 1.0,
                  guidance_interval: tuple[float, float] = (0.0, math.inf),
                  epsilon_scale: float = 1.0, clip: bool | None = None,
-                 dtype: torch.dtype = torch.float32):
+                 dtype: torch.dtype = torch.float32, patch_size: int = 1):
         self.net, self.scheduler, self.dtype = net, scheduler, dtype
+        self.patch_size = patch_size
         self.guide, self.guidance, self.guidance_interval = guide, guidance, guidance_interval
         self.epsilon_scale = epsilon_scale
         self.clip = scheduler.config.clip_sample if clip is None else clip
@@ -712,7 +727,7 @@ class Denoiser:
     def __call__(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """x_0 and epsilon predicted from x_t, both float32 (B, C, H, W): x_t holds just these two.
 
-        Where x_0 is clipped, epsilon is made to fit it.
+        Where x_0 is clipped or rid of the patches' grid, epsilon is made to fit it.
         """
         output = self._predict(self.net, x, level, self.labels)
         low, high = self.guidance_interval
@@ -733,6 +748,8 @@ class Denoiser:
         if self.epsilon_scale != 1:
             epsilon = (x - level.signal * clean) / (level.noise * self.epsilon_scale)
             clean = (x - level.noise * epsilon) / level.signal
+        if self.patch_size > 1:
+            clean = remove_grid(clean, self.patch_size)
         if self.clip:
             clean = clean.clamp(-1, 1)
         return clean, (x - level.signal * clean) / level.noise

@@ -141,7 +141,7 @@ def make_denoiser(model: Model, args: argparse.Namespace, device: torch.device) 
         raise UserError(f"--guidance-interval {low} {high}: give the lower sigma first, from 0 on")
     guide = load_guide(args.guide, model, device).net if args.guide else None
     return Denoiser(model.net, model.scheduler, guide, guidance, (low, high), args.epsilon_scale,
-                    args.clip, choose_dtype(args.dtype, device))
+                    args.clip, choose_dtype(args.dtype, device), model.net.config.patch_size)
 
 
 def make_labels(model: Model, args: argparse.Namespace) -> Callable[[list[int]], Tensor | None]:

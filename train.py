@@ -516,7 +516,8 @@ class Run:
         """
         config, each = self.net.config, -(-num // world_size())
         seeds = [min(rank() * each + place, num - 1) for place in range(each)]
-        denoise = Denoiser(self.ema.net, self.scheduler, dtype=self.dtype)
+        denoise = Denoiser(self.ema.net, self.scheduler, dtype=self.dtype,
+                           patch_size=config.patch_size)
         shape = (config.in_channels, *config.sample_size)
         images = torch.cat([*sample(denoise, seeds, shape, sampler, each, self.device,
                                     labels=self.labels.for_seeds)])

@@ -172,7 +172,8 @@ def draw_conditions(model: Model) -> None:
     """One noise at eight heights, told the first and the third class; then the next noise."""
     names = list(model.labels.classes)
     shape = (1, *model.net.config.sample_size)
-    denoise = Denoiser(model.net, model.scheduler, guidance=2.0, dtype=choose_dtype("auto", CPU))
+    denoise = Denoiser(model.net, model.scheduler, guidance=2.0, dtype=choose_dtype("auto", CPU),
+                       patch_size=model.net.config.patch_size)
     figure, axes = plt.subplots(4, 8, figsize=(10.4, 6.3), layout="constrained")
     heights = torch.linspace(0, 1, 8)
     for number, panels in enumerate(axes):
@@ -205,7 +206,8 @@ def draw_progress(run: Path, size: tuple[int, int], steps=(750, 1500, 3000, 7500
 def draw_slices(model: Model, num: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """The slices of the first seeds as predict.py draws them, and the first one's states."""
     states = []
-    denoise = Denoiser(model.net, model.scheduler, dtype=choose_dtype("auto", CPU))
+    denoise = Denoiser(model.net, model.scheduler, dtype=choose_dtype("auto", CPU),
+                       patch_size=model.net.config.patch_size)
     slices = torch.cat([*sample(
         denoise, list(range(num)), (1, *model.net.config.sample_size), QUALITY["default"],
         watch=lambda x, clean: states.append(x[:1]), labels=model.labels.for_seeds)])

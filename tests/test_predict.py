@@ -31,7 +31,7 @@ def shipped():
 
 def draw(model, out, seeds, config=SamplerConfig(steps=4), batch_size=4, dtype=torch.float32,
          guide=None, **guidance) -> dict[int, np.ndarray]:
-    denoise = Denoiser(model.net, model.scheduler, guide, dtype=dtype, **guidance)
+    denoise = Denoiser(model.net, model.scheduler, guide, dtype=dtype, patch_size=2, **guidance)
     generate(denoise, SHAPE, seeds, out, config, batch_size, CPU)
     return {s: np.asarray(Image.open(out / f"slice_{s:06d}.png")).astype(int) for s in seeds}
 

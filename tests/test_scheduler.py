@@ -252,6 +252,20 @@ def test_clipped_images_get_the_noise_that_fits():
     torch.testing.assert_close(clean, torch.full_like(x, 1.7))
 
 
+def test_the_patches_grid_is_removed_and_nothing_else():
+    """Against the Fourier transform: 0 at the multiples of 1/4 cycle per pixel, but for the mean."""
+    scheduler = make_scheduler("cosine")
+    x, level = torch.randn(2, 1, 24, 16), scheduler.level(600)
+    clean, noise = Denoiser(lambda x, t: x / 3, scheduler, clip=False, patch_size=4)(x, level)
+    plain, _ = Denoiser(lambda x, t: x / 3, scheduler, clip=False)(x, level)
+    wanted = torch.fft.fft2(plain)
+    mean = wanted[..., 0, 0].clone()
+    wanted[..., ::6, ::4] = 0
+    wanted[..., 0, 0] = mean
+    torch.testing.assert_close(torch.fft.fft2(clean), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(level.signal * clean + level.noise * noise, x)
+
+
 # Samplers against diffusers' -------------------------------------------------------------------
 # Theirs in float64 and with our float64 tables: the rounding of their float32 ones, divided by the
 # tiny alphas_cumprod of the noisy end, would be all that the comparison sees.
