@@ -149,11 +149,10 @@ SCONTROL = """#!/bin/bash
 """
 
 
-def test_the_batch_script_of_the_readme(data, tmp_path):
+def test_the_batch_script(data, tmp_path):
     """USR1 to the batch shell alone, as --signal=B:USR1@120 sends it: saved and queued again;
     the job that finishes is not."""
-    text = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "README.md").read_text(),
-                     re.DOTALL)[1]
+    text = (ROOT / "docs" / "train.slurm").read_text()
     (tmp_path / "bin").mkdir()
     for name, content in (("srun", SRUN), ("scontrol", SCONTROL),
                           ("python", f'#!/bin/bash\nexec {sys.executable} "$@"\n')):
