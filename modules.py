@@ -35,7 +35,7 @@ from utils.cpu_kernels import GroupNorm, attend
 class UNetConfig:
     """Everything that rebuilds a `UNet`; stored in every checkpoint. Names follow diffusers.
 
-    sample_size: (H, W) in pixels that the net is meant for; fixes where attention stands.
+    sample_size: (H, W) in pixels of the training images; determines the levels with attention.
     block_out_channels: channels of each level, finest first.
     attention_resolutions: shorter sides, in pixels of the feature map, of the levels that get
         self-attention. The middle block always has it.
@@ -232,7 +232,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels * patch**2, widths[0], 3, padding=1)
         self.time_embedding = named(linear_1=nn.Linear(widths[0], temb_dim), act=nn.SiLU(),
                                     linear_2=nn.Linear(temb_dim, temb_dim))
-        if config.label_dim:  # no bias: a label of zeros says nothing (Karras et al. 2022)
+        if config.label_dim:  # without bias, zeros mean no label (Karras et al. 2022)
             self.class_embedding = nn.Linear(config.label_dim, temb_dim, bias=False)
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
@@ -313,7 +313,7 @@ class UNet(nn.Module):
 # Labels
 # ---------------------------------------------------------------------------------------------
 
-HEIGHT_FREQUENCIES = 16  # tells slices apart that lie 1/32 of the height apart
+HEIGHT_FREQUENCIES = 16  # resolves slices that lie 1/32 of the height apart
 
 
 def seed_height(seed: int) -> float:
@@ -323,13 +323,14 @@ def seed_height(seed: int) -> float:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """What the net is told about a slice, as one vector; stored in every checkpoint.
+    """The conditions of a slice as one label vector; stored in every checkpoint.
 
-    Every part that is not told is zero, and the vector enters by a linear map without a bias: the
-    parts are summed embeddings, each of which can be left out (Ho & Salimans 2022, section 3.2).
+    A missing condition is zero, and the vector enters the net through a linear layer without bias:
+    the conditions are summed embeddings, each of which can be dropped (Ho & Salimans 2022, section
+    3.2).
 
-    height_range: slice numbers of the heights 0 and 1; None if heights are not told.
-    classes: names of the classes; empty if classes are not told.
+    height_range: slice numbers of the heights 0 and 1; None for a net without heights.
+    classes: names of the classes; empty for a net without classes.
     augmentations: number of augmentation parameters (Karras et al. 2022, appendix F.2), zeros when
         sampling.
     """
@@ -353,8 +354,8 @@ class LabelConfig:
                ) -> Tensor | None:
         """Label vectors, float32 (B, dim); None for an unconditional net.
 
-        heights: (B,) in [0, 1], nan where it is not told; classes: int64 (B,) indices into
-        `classes`, -1 where it is not told; augmentations: (B, augmentations), None for none.
+        heights: (B,) in [0, 1], nan for none; classes: int64 (B,) indices into `classes`, -1 for
+        none; augmentations: (B, augmentations), None for none.
         """
         parts = []
         if self.height_range:
@@ -373,8 +374,7 @@ class LabelConfig:
                   ) -> Tensor | None:
         """Label vectors for sampling, float32 (len(seeds), dim) on the CPU.
 
-        Without a height, each seed has its own, evenly distributed as in training; without a
-        class, none is told.
+        Without a height, each seed has its own, uniformly distributed as in training.
         """
         heights = [seed_height(seed) if height is None else height for seed in seeds]
         index = -1 if class_ is None else self.classes.index(class_)
@@ -403,7 +403,7 @@ class SchedulerConfig:
     variance_type, timestep_spacing: for diffusers alone: the variance of `ddpm` (Ho et al.,
         section 3.2, that of the posterior) and one of our spacings.
 
-    Raises ValueError for values that make no diffusion, naming the field.
+    Raises ValueError for invalid values, naming the field.
     """
 
     num_train_timesteps: int = 1000
@@ -431,8 +431,9 @@ class SchedulerConfig:
             raise ValueError("num_train_timesteps must be at least 2 and "
                              "0 < beta_start <= beta_end < 1")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError("prediction_type: epsilon says nothing at a zero signal-to-noise "
-                             "ratio; take v_prediction or sample with rescale_betas_zero_snr")
+            raise ValueError("prediction_type: epsilon does not determine the image at zero "
+                             "signal-to-noise ratio; use v_prediction or sample with "
+                             "rescale_betas_zero_snr")
 
 
 SCHEDULES = ("linear", "cosine", "cosine-shifted", "zero-snr")
@@ -578,7 +579,7 @@ class NoiseScheduler:
         if p_mean is None:
             return torch.arange(1, total + 1, dtype=torch.float64) / total
         log_sigma = -0.5 * self.alphas_cumprod.logit()
-        between = (log_sigma[1:] + log_sigma[:-1]) / 2  # a timestep stands for its surroundings
+        between = (log_sigma[1:] + log_sigma[:-1]) / 2  # the bounds of the timesteps' cells
         ends = torch.tensor([-math.inf]), torch.tensor([math.inf])
         edges = torch.cat([ends[0], between, ends[1]]).to(torch.float64)
         cdf = torch.special.ndtr((edges - p_mean) / p_std)
@@ -680,7 +681,7 @@ def remove_grid(x: Tensor, patch_size: int) -> Tensor:
 
     GroupNorm subtracts the means of feature maps. In a net of patches, they hold this part of the
     noise, which the net therefore hardly sees: it would stay in the image as a grid. Real images
-    hold next to nothing there.
+    have almost no power there.
     """
     means = F.pixel_unshuffle(x, patch_size).mean((2, 3), keepdim=True)
     grid = F.pixel_shuffle(means, patch_size)  # (B, C, patch_size, patch_size)
@@ -689,7 +690,7 @@ def remove_grid(x: Tensor, patch_size: int) -> Tensor:
 
 
 class Denoiser:
-    """Predicts the clean image and the noise in x_t: the one thing that samplers call.
+    """Predicts the clean image and the noise in x_t; the only function that samplers call.
 
     net, guide: (B, C, H, W), (B,) float timesteps and, if `labels` is set, label vectors (B, dim)
         -> (B, C, H, W), in the scheduler's `prediction_type`.
@@ -852,7 +853,7 @@ def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Callable[[], Tenso
     """A source of unit noise in which image i depends on seeds[i] alone.
 
     Each call returns the next float32 (len(seeds), *shape). Drawn on the CPU, so that a seed
-    means the same noise on every device; torch's generator there heeds the low 32 bits alone.
+    means the same noise on every device; torch's generator uses the low 32 bits only.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -889,8 +890,8 @@ def sample(denoise: Denoiser, seeds: list[int], shape: tuple[int, int, int],
         # A short batch is filled up with its last seed: the kernels that the hardware picks, and
         # with them the last bits of an image, depend on the batch's size.
         filled = batch + batch[-1:] * (batch_size - len(batch))
-        told = labels(filled)
-        denoise.labels = None if told is None else told.to(device)
+        vectors = labels(filled)
+        denoise.labels = None if vectors is None else vectors.to(device)
         for x, clean in reverse_process(denoise, seeded_noise(filled, shape), config, device):
             if watch:
                 watch(x[:len(batch)], clean[:len(batch)])
@@ -898,16 +899,16 @@ def sample(denoise: Denoiser, seeds: list[int], shape: tuple[int, int, int],
 
 
 # ---------------------------------------------------------------------------------------------
-# Averaged weights
+# EMA weights
 # ---------------------------------------------------------------------------------------------
 
 
 class EMA:
-    """Moving average of a net's parameters; buffers are copied, never averaged.
+    """Exponential moving average of a net's parameters; buffers are copied.
 
-    The average has a power-function profile: its length stays the same fraction of the training
-    so far (Karras et al. 2024, section 3.1), so that a short run does not average over the initial
-    net. length: standard deviation of the profile, relative to the training so far, 0 to 0.28.
+    With a power-function profile (Karras et al. 2024, section 3.1): its length is a constant
+    fraction of the training so far, so that short runs forget the initial net.
+    length: standard deviation of the profile, relative to the training so far, 0 to 0.28.
     """
 
     def __init__(self, net: nn.Module, length: float = 0.09):
@@ -917,7 +918,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
-        """Moves the average towards the weights of `net`."""
+        """Moves the EMA weights towards those of `net`."""
         self.num_updates += 1
         decay = (1 - 1 / self.num_updates) ** (self.gamma + 1)  # Karras et al. 2024, section 3.1
         averaged, current = list(self.net.parameters()), list(net.parameters())
