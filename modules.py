@@ -637,11 +637,18 @@ class SamplerConfig:
                                  + " or ".join(owners))
 
 
-def noise_levels(scheduler: NoiseScheduler, config: SamplerConfig) -> list[NoiseLevel]:
+def noise_levels(scheduler: NoiseScheduler, config: SamplerConfig, strength: float = 1.0
+                 ) -> list[NoiseLevel]:
     """The `steps` falling noise levels at which the net is called, then the clean image.
 
+    strength: above 0 to 1; below 1, start at this fraction of the first level's timestep and leave
+        out the levels above it (Meng et al. 2022, section 3).
     Raises ValueError for more trailing steps than T, or an empty range of sigma.
     """
+    if strength < 1:
+        levels = noise_levels(scheduler, config)
+        start = scheduler.level(strength * levels[0].timestep)
+        return [start, *(level for level in levels if level.timestep < start.timestep)]
     total, steps, rho = scheduler.config.num_train_timesteps, config.steps, config.rho
     if config.spacing == "trailing":
         if steps > total:
@@ -703,6 +710,9 @@ class Denoiser:
     patch_size: that of the net, whose grid is removed from x_0, see `remove_grid`; 1 for none.
 
     labels: what the images are conditioned on, set for each batch; None for nothing.
+    known: (image, mask) to fill a region of an image, both (C, H, W): where the boolean mask is
+        False, x_0 is known. As in RePaint (Lugmayr et al. 2022), x_t is then the noised image
+        there; replacing x_0 instead of x_t does that for every sampler.
     `calls` counts the calls of net and guide so far.
     """
 
@@ -717,6 +727,7 @@ class Denoiser:
         self.epsilon_scale = epsilon_scale
         self.clip = scheduler.config.clip_sample if clip is None else clip
         self.labels: Tensor | None = None
+        self.known: tuple[Tensor, Tensor] | None = None
         self.calls = 0
 
     def _predict(self, net: Callable, x: Tensor, level: NoiseLevel, labels: Tensor | None
@@ -753,6 +764,9 @@ class Denoiser:
             clean = remove_grid(clean, self.patch_size)
         if self.clip:
             clean = clean.clamp(-1, 1)
+        if self.known:
+            image, mask = self.known
+            clean = torch.where(mask, clean, image)
         return clean, (x - level.signal * clean) / level.noise
 
 
@@ -861,28 +875,38 @@ def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Callable[[], Tenso
 
 @torch.inference_mode()
 def reverse_process(denoise: Denoiser, noise: Callable[[], Tensor],
-                    config: SamplerConfig, device: torch.device | str = "cpu"
+                    config: SamplerConfig, device: torch.device | str = "cpu",
+                    init: Tensor | None = None, strength: float = 1.0
                     ) -> Iterator[tuple[Tensor, Tensor]]:
     """From noise to images: yields each x_t with its predicted x_0, and last the image twice.
 
     noise: source of unit noise (B, C, H, W), called for the start and for each random step.
-    Yields `steps` + 1 pairs of float32 (B, C, H, W) on `device`.
+    init, strength: start from this image, (C, H, W), noised to the first of `noise_levels`
+        (SDEdit, Meng et al. 2022).
+    Yields as many pairs of float32 (B, C, H, W) on `device` as there are `noise_levels`.
     """
     def draw() -> Tensor:
         return noise().to(device)
 
-    levels = noise_levels(denoise.scheduler, config)
+    levels = noise_levels(denoise.scheduler, config, 1.0 if init is None else strength)
     options = {name: getattr(config, name) for name in SAMPLER_OPTIONS[config.sampler]}
-    yield from SAMPLERS[config.sampler](denoise, draw(), levels, draw, **options)
+    x = draw()
+    if init is not None:
+        x = levels[0].signal * init.to(device) + levels[0].noise * x
+    yield from SAMPLERS[config.sampler](denoise, x, levels, draw, **options)
 
 
-def sample(denoise: Denoiser, seeds: list[int], shape: tuple[int, int, int],
+def sample(denoise: Denoiser, seeds: list, shape: tuple[int, int, int],
            config: SamplerConfig, batch_size: int = 16, device: torch.device | str = "cpu",
            watch: Callable[[Tensor, Tensor], None] | None = None,
-           labels: Callable[[list[int]], Tensor | None] = lambda seeds: None) -> Iterator[Tensor]:
+           labels: Callable[[list], Tensor | None] = lambda seeds: None,
+           noise: Callable[[list, tuple[int, ...]], Callable[[], Tensor]] = seeded_noise,
+           init: Tensor | None = None, strength: float = 1.0) -> Iterator[Tensor]:
     """Images of the seeds, `batch_size` at a time: yields (B, *shape) in [-1, 1] on `device`.
 
     labels: seeds -> label vectors (B, dim), such as `LabelConfig.for_seeds`.
+    noise: seeds, shape -> source of unit noise; seeds may be whatever it and `labels` take.
+    init, strength: see `reverse_process`.
     watch: is called with every pair that `reverse_process` yields.
     """
     for start in range(0, len(seeds), batch_size):
@@ -892,7 +916,8 @@ def sample(denoise: Denoiser, seeds: list[int], shape: tuple[int, int, int],
         filled = batch + batch[-1:] * (batch_size - len(batch))
         vectors = labels(filled)
         denoise.labels = None if vectors is None else vectors.to(device)
-        for x, clean in reverse_process(denoise, seeded_noise(filled, shape), config, device):
+        for x, clean in reverse_process(denoise, noise(filled, shape), config, device, init,
+                                        strength):
             if watch:
                 watch(x[:len(batch)], clean[:len(batch)])
         yield x[:len(batch)]

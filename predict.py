@@ -3,34 +3,45 @@
     python predict.py                          the shipped native model, or --model 64
     python predict.py --checkpoint RUN         a run folder, its checkpoint.pt or model.safetensors
     python predict.py --checkpoint latest      the newest run under runs/
+    torchrun predict.py --num 10000            each rank samples its part
 
-Writes slice_000042.png (8-bit grayscale, drawn from seed 42 alone), grid.png (all of them),
-reverse.png (the first slice's way from noise to brain) and samples.json (how they were made).
+Writes slice_000042.png (8-bit grayscale, drawn from seed 42 alone), grid.png (the first slices),
+reverse.png and reverse.gif (the first slice's way from noise to brain), manifest.csv (a row for
+each file) and samples.json (how they were made). The same command again samples what is missing.
+From Python: `load_model` and `generate`.
 """
 
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dataset import BadSlice, fit, read_gray
+from dataset import read_slice as read_checked_slice
 from modules import (DEFAULT_STEPS, QUALITY, SAMPLERS, SPACINGS, Denoiser, LabelConfig,
                      NoiseScheduler, SamplerConfig, SchedulerConfig, UNet, UNetConfig,
-                     noise_levels, sample)
+                     noise_levels, sample, seed_height, seeded_noise)
 from utils.checkpoint import SHIPPED, find_model, read_model
 from utils.cli import (EVAL_SEED, Parser, UserError, checked, positive_float, positive_int,
-                       progress_bar, run_cli, seed_number)
+                       progress_bar, run_cli, seed_list, seed_number)
 from utils.device import choose_dtype, keep_freed_memory
-from utils.distributed import local_device
-from utils.files import save_grid, save_png, to_uint8, write_json
+from utils.distributed import from_first, join_processes, local_device, rank, together, world_size
+from utils.files import (Manifest, read_slice, save_gif, save_grid, save_nifti, save_slice, sha256,
+                         to_uint8, write_json)
 
-position = checked(float, lambda v: 0 <= v <= 1, "a height from 0 to 1")
+position = checked(lambda text: text if text == "all" else float(text),
+                   lambda v: v == "all" or 0 <= v <= 1, "a height from 0 to 1, or 'all'")
+strength = checked(float, lambda v: 0 < v <= 1, "a number above 0, up to 1")
 STRIP_LENGTH = 10  # pictures in the strip of the reverse process
+GRID_LENGTH = 64  # slices in grid.png at most
+FIELD_MM = 208  # longer side of a slice of OASIS-1's T88 volumes
 
 # ---------------------------------------------------------------------------------------------
 # Loading
@@ -144,11 +155,8 @@ def make_denoiser(model: Model, args: argparse.Namespace, device: torch.device) 
                     args.clip, choose_dtype(args.dtype, device), model.net.config.patch_size)
 
 
-def make_labels(model: Model, args: argparse.Namespace) -> Callable[[list[int]], Tensor | None]:
-    """Seeds -> label vectors: --position and --class for all, else a height for each seed.
-
-    Raises UserError for what the model was not trained with.
-    """
+def check_labels(model: Model, args: argparse.Namespace) -> None:
+    """Raises UserError for a --position or --class that the model was not trained with."""
     labels = model.labels
     if args.position is not None and not labels.height_range:
         raise UserError(f"--position {args.position}: {model.path} was trained without heights; "
@@ -157,33 +165,161 @@ def make_labels(model: Model, args: argparse.Namespace) -> Callable[[list[int]],
         known = "its classes are " + ", ".join(labels.classes) if labels.classes else \
             "it was trained without classes; leave it out"
         raise UserError(f"--class {args.class_}: unknown to {model.path}; {known}")
-    return partial(labels.for_seeds, height=args.position, class_=args.class_)
 
 
-def generate(denoise: Denoiser, shape: tuple[int, int, int], seeds: list[int], out: Path,
-             config: SamplerConfig, batch_size: int, device: torch.device,
-             labels: Callable[[list[int]], Tensor | None] = lambda seeds: None
-             ) -> tuple[Tensor, Tensor]:
-    """Samples all seeds, saving each batch's slices when it is done.
+class Slice(NamedTuple):
+    """What to sample: the noise, by its seed, and what the net is told.
 
-    Returns all slices, (N, C, H, W) in [-1, 1], and the states of the first slice,
-    (steps + 1, C, H, W), on the CPU.
+    height: 0 to 1, or None for not told; class_: a name of the model's, or None for not told.
+    other_seed, mix: with another seed, the noise lies at `mix`, 0 to 1, on the way to that one's.
     """
-    images, states = [], []
-    batches = -(-len(seeds) // batch_size)
-    with progress_bar(batches * (config.steps + 1), "sampling", "state") as bar:
-        def watch(x: Tensor, clean: Tensor) -> None:
-            bar.update()
-            if len(states) <= config.steps:
-                states.append(x[:1].cpu())
 
-        for batch in sample(denoise, seeds, shape, config, batch_size, device, watch,
-                            labels):
-            first = sum(map(len, images))
-            for seed, slice_ in zip(seeds[first:], to_uint8(batch)):
-                save_png(slice_[0], out / f"slice_{seed:06d}.png")
-            images.append(batch.cpu())
-    return torch.cat(images), torch.cat(states)
+    seed: int
+    height: float | None = None
+    class_: str | None = None
+    other_seed: int | None = None
+    mix: float = 0.0
+
+
+def slice_noise(slices: list[Slice], shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """A source of unit noise (B, *shape) for these slices; see `seeded_noise`.
+
+    Between two seeds by spherical interpolation (Shoemake 1985), since independent noises are as
+    good as orthogonal: cos and sin keep the variance at 1 on the whole way.
+    """
+    first = seeded_noise([s.seed for s in slices], shape)
+    if all(s.other_seed is None for s in slices):
+        return first
+    other = seeded_noise([s.seed if s.other_seed is None else s.other_seed for s in slices], shape)
+    angle = torch.tensor([s.mix for s in slices]).reshape(-1, *[1] * len(shape)) * math.pi / 2
+    # sin(pi/2 - angle) is exactly 1 and 0 at the ends, where cos(pi/2) is not 0 in floats.
+    return lambda: torch.sin(math.pi / 2 - angle) * first() + torch.sin(angle) * other()
+
+
+def generate(model: Model, slices: Iterable[Slice | int],
+             config: SamplerConfig = QUALITY["default"], denoise: Denoiser | None = None,
+             batch_size: int = 16, init: Tensor | None = None, mask: Tensor | None = None,
+             strength: float = 1.0, watch: Callable[[Tensor, Tensor], None] | None = None
+             ) -> Iterator[tuple[Tensor, list[Slice]]]:
+    """Samples slices: yields batches of images, (B, C, H, W) in [-1, 1], with their `Slice`s.
+
+    slices: what to sample; a plain number is a seed, at a height of its own if heights are told.
+    denoise: the model with guidance, say; None for the model alone.
+    batch_size: a short last batch is filled up to it, since the last bits of an image depend on it:
+        images of a seed are bit-equal at one batch size, and equal up to rounding at others.
+    init: (C, H, W) in [-1, 1], noised to `strength`, above 0 to 1, and drawn anew from there (Meng
+        et al. 2022); 1 starts from noise.
+    mask: boolean (C, H, W), True where to draw anew; elsewhere `init` stays (Lugmayr et al. 2022).
+    watch: is called with each x_t and its predicted x_0 (B, C, H, W).
+    """
+    net, labels = model.net, model.labels
+    device = next(net.parameters()).device
+    denoise = denoise or Denoiser(net, model.scheduler, dtype=choose_dtype("auto", device),
+                                  patch_size=net.config.patch_size)
+    if init is not None and mask is not None:
+        denoise.known = init.to(device), mask.to(device)
+    slices = [s if isinstance(s, Slice) else Slice(
+        s, seed_height(s) if labels.height_range else None) for s in slices]
+
+    def encode(batch: list[Slice]) -> Tensor | None:
+        heights = [math.nan if s.height is None else s.height for s in batch]
+        classes = [-1 if s.class_ is None else labels.classes.index(s.class_) for s in batch]
+        return labels.encode(torch.tensor(heights), torch.tensor(classes))
+
+    shape = (net.config.in_channels, *net.config.sample_size)
+    done = 0
+    for images in sample(denoise, slices, shape, config, batch_size, device, watch, encode,
+                         slice_noise, init, strength):
+        yield images, slices[done:done + len(images)]
+        done += len(images)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def requested(args: argparse.Namespace, model: Model) -> dict[str, Slice]:
+    """The slices that the options ask for, by the stems of their files.
+
+    Raises UserError for options that do not go together.
+    """
+    told, stack = model.labels.height_range, args.stack or args.position == "all"
+    if args.seeds and (args.num or args.seed):
+        raise UserError("--seeds names all seeds; leave out --seed and --num")
+    if stack and (args.seeds or args.interpolate or not told or args.position not in (None, "all")):
+        raise UserError(f"--stack: {model.path} was trained without heights; give another model"
+                        if not told else "--stack draws all heights of one --seed; leave out "
+                        "--position, --seeds and --interpolate")
+    if args.interpolate and (args.seeds or args.seed):
+        raise UserError("--interpolate names its seeds; leave out --seed and --seeds")
+    if stack:
+        low, high = told
+        heights = np.linspace(0, 1, args.num or round(high - low) + 1).tolist()
+        return {f"slice_{args.seed:06d}_height_{h:.4f}": Slice(args.seed, h, args.class_)
+                for h in heights}
+
+    def height(seed: int) -> float | None:
+        return args.position if args.position is not None or not told else seed_height(seed)
+
+    if args.interpolate:
+        a, b = args.interpolate
+        return {f"slice_{a:06d}_{b:06d}_{t:.4f}": Slice(
+            a, told and (1 - t) * height(a) + t * height(b), args.class_, b, t)
+            for t in np.linspace(0, 1, args.num or 16).tolist()}
+    num = args.num or 16
+    if args.seed + num > EVAL_SEED:
+        raise UserError(f"--seed {args.seed} and --num {num} go beyond the last seed, "
+                        f"{EVAL_SEED - 1}")
+    return {f"slice_{seed:06d}": Slice(seed, height(seed), args.class_)
+            for seed in args.seeds or range(args.seed, args.seed + num)}
+
+
+def read_init(args: argparse.Namespace, model: Model) -> dict:
+    """--init, --mask and --strength as `generate` takes them.
+
+    Raises UserError for images that are no slices of the model's size.
+    """
+    if not args.init:
+        if args.mask or args.strength:
+            raise UserError(f"--{'mask' if args.mask else 'strength'} needs --init IMAGE")
+        return {}
+    height, width = model.net.config.sample_size
+    pictures = [read_checked_slice(args.init)] + ([read_gray(args.mask)] if args.mask else [])
+    for path, picture in zip((args.init, args.mask), pictures):
+        if height != width and picture.size != (width, height) or picture.size != pictures[0].size:
+            wanted = pictures[0].size if height == width else (width, height)
+            raise BadSlice(path, f"has {picture.width}x{picture.height} pixels (columns x rows), not "
+                           f"{wanted[0]}x{wanted[1]}", "give images of one size, the model's")
+    levels = [torch.from_numpy(fit(picture, height if height == width else None))[None]
+              for picture in pictures]
+    values = {"init": levels[0] / 127.5 - 1,
+              "strength": args.strength or (1.0 if args.mask else 0.5)}
+    if args.mask:
+        values["mask"] = levels[1] > 127
+        if not values["mask"].any():
+            raise BadSlice(args.mask, "has nothing to fill in", "paint the region white")
+    return values
+
+
+def settings_of(args: argparse.Namespace, model: Model, config: SamplerConfig, denoise: Denoiser,
+                start: dict) -> dict:
+    """What makes the slices, besides their seed and height: the manifest's columns."""
+    def digest(path: Path | str | None) -> str | None:
+        return path and sha256(Path(path))[:16]
+    return {"class": args.class_, "weights_sha256": sha256(model.path), "step": model.step,
+            **asdict(config), "clip": denoise.clip, "guidance": denoise.guidance,
+            "guidance_interval": args.guidance_interval,
+            "guide_sha256": digest(args.guide and find_model(args.guide, "--guide")),
+            "epsilon_scale": args.epsilon_scale, "dtype": str(denoise.dtype).split(".")[1],
+            "init_sha256": digest(args.init), "strength": start.get("strength"),
+            "mask_sha256": digest(args.mask)}
+
+
+def row_of(slice_: Slice) -> dict:
+    """The manifest's columns of one slice."""
+    return {"seed": slice_.seed, "position": slice_.height, "other_seed": slice_.other_seed,
+            "mix": slice_.mix if slice_.other_seed is not None else None}
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -198,8 +334,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed_number, default=0, metavar="K",
         help="seed of the first slice; slice i is drawn from K+i alone (default: %(default)s)")
     add("--position", type=position, metavar="P",
-        help="height in the head, 0 (lowest training slices) to 1 (highest) (default: each seed "
-             "has its own, distributed as in training)")
+        help="height in the head, 0 (lowest training slices) to 1 (highest), or all of them, as "
+             "--stack of predict.py (default: each seed has its own, distributed as in training)")
     add("--class", dest="class_", metavar="NAME",
         help="class, as named in training, such as 'CDR 1' (default: none is told)")
     add("--quality", choices=QUALITY,
@@ -250,15 +386,97 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description="Samples brain MRI slices out of noise.")
     add = parser.add_argument
     add("--out", type=Path, default=Path("samples"), metavar="DIR",
-        help="folder for the pictures (default: %(default)s)")
-    add("--num", type=positive_int, default=16, metavar="N",
-        help="how many slices (default: %(default)s)")
+        help="new folder, or one of the same settings to go on with (default: %(default)s)")
+    add("--num", type=positive_int, metavar="N",
+        help="how many slices, heights of --stack or frames of --interpolate (default: 16; of "
+             "--stack as many as in training)")
+    add("--seeds", type=seed_list, metavar="LIST",
+        help="seeds instead of --seed and --num, such as 0-63,100")
+    add("--format", nargs="+", choices=("png", "npy", "nii"), default=["png"],
+        help="files of each slice: png and nii of 8 bits, npy of float32 in [-1, 1] (default: png)")
+    add("--stack", action="store_true",
+        help="one head: all heights from the noise of --seed, with a montage, scan.gif and "
+             "stack.nii.gz")
+    add("--slice-step", type=positive_float, default=1.0, metavar="MM",
+        help="distance of neighbouring training slices, for stack.nii.gz (default: 1)")
+    add("--interpolate", type=seed_number, nargs=2, metavar=("A", "B"),
+        help="from seed A's noise to seed B's, on the sphere, with interpolation.gif")
+    add("--init", type=Path, metavar="IMAGE", help="slice to noise and draw anew")
+    add("--strength", type=strength, metavar="S",
+        help="how far to noise --init, above 0 (not at all) to 1 (wholly) (default: 0.5; 1 with "
+             "--mask)")
+    add("--mask", type=Path, metavar="IMAGE",
+        help="draw anew only where this picture is white; --init stays elsewhere")
     add_sampling_options(parser)
     return parser.parse_args()
 
 
+def write_slices(model: Model, args: argparse.Namespace, config: SamplerConfig, denoise: Denoiser,
+                 slices: dict[str, Slice], batch_size: int, start: dict, manifest: Manifest,
+                 first: str) -> None:
+    """Samples slices and writes each batch's files, and the reverse process of the slice `first`."""
+    states: list[tuple[Tensor, Tensor]] = []
+    names, pixel_mm = list(slices), FIELD_MM / max(model.net.config.sample_size)
+    levels = noise_levels(model.scheduler, config, start.get("strength", 1.0))
+    with progress_bar(-(-len(slices) // batch_size) * len(levels), "sampling", "state") as bar:
+        def watch(x: Tensor, clean: Tensor) -> None:
+            bar.update()
+            if names[0] == first and len(states) < len(levels):
+                states.append((x[0].cpu(), clean[0].cpu()))
+
+        done = calls = 0
+        for images, batch in generate(model, slices.values(), config, denoise, batch_size,
+                                      watch=watch, **start):
+            if states and not done:
+                save_reverse(states, args.out)
+            rows = []
+            for name, slice_, image in zip(names[done:], batch, images):
+                for suffix in args.format:
+                    save_slice(image[0], args.out / f"{name}.{suffix}", pixel_mm)
+                    rows.append({"file": f"{name}.{suffix}", **row_of(slice_),
+                                 "network_calls": denoise.calls - calls, "batch_size": batch_size,
+                                 "torch": torch.__version__})
+            manifest.append(rows)
+            done, calls = done + len(batch), denoise.calls
+
+
+def save_reverse(states: list[tuple[Tensor, Tensor]], out: Path) -> None:
+    """Writes reverse.png, some x_t, and reverse.gif, each x_t with its predicted x_0 beside it."""
+    shown = torch.linspace(0, len(states) - 1, min(STRIP_LENGTH, len(states))).round().long()
+    save_grid(torch.stack([states[i][0] for i in shown]), out / "reverse.png", columns=len(shown))
+    save_gif(torch.stack([to_uint8(torch.cat(pair, dim=2))[0] for pair in states]),
+             out / "reverse.gif")
+
+
+def save_overviews(args: argparse.Namespace, model: Model, slices: dict[str, Slice]) -> list[str]:
+    """Writes grid.png and, of a stack or an interpolation, its animation and volume: their names.
+
+    They are made of the files, so that they are the same after an interruption.
+    """
+    animated = args.interpolate or args.stack
+    files = [args.out / f"{name}.{args.format[0]}" for name in slices]
+    images = torch.stack([read_slice(path) for path in (files if animated else
+                                                        files[:GRID_LENGTH])])
+    save_grid(images[:GRID_LENGTH, None] / 127.5 - 1, args.out / "grid.png",
+              columns=min(8, len(images)))
+    if animated:
+        save_gif(images, args.out / ("scan.gif" if args.stack else "interpolation.gif"))
+    if args.stack:
+        low, high = model.labels.height_range
+        pixel_mm = FIELD_MM / max(images.shape[1:])
+        step = (high - low) * args.slice_step / max(len(images) - 1, 1)
+        save_nifti(images, args.out / "stack.nii.gz", (pixel_mm, pixel_mm, step))
+    return ["grid.png", "reverse.png"] + ["scan.gif", "stack.nii.gz"] * args.stack + \
+        ["interpolation.gif"] * bool(args.interpolate)
+
+
 def main() -> None:
     args = parse_args()
+    join_processes()
+    together(lambda: predict(args))
+
+
+def predict(args: argparse.Namespace) -> None:
     keep_freed_memory()
     config = sampler_config(args)
     device = local_device(args.device)
@@ -267,35 +485,45 @@ def main() -> None:
         noise_levels(model.scheduler, config)
     except ValueError as error:
         raise option_error(error) from None
-    denoise, labels = make_denoiser(model, args, device), make_labels(model, args)
-    if args.seed + args.num > EVAL_SEED:
-        raise UserError(f"--seed {args.seed} and --num {args.num} go beyond the last seed, "
-                        f"{EVAL_SEED - 1}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); give another "
-                        "folder") from None
+    denoise = make_denoiser(model, args, device)
+    check_labels(model, args)
+    args.stack = args.stack or args.position == "all"
+    slices, start = requested(args, model), read_init(args, model)
+    settings = settings_of(args, model, config, denoise, start)
+    begin, files = time.monotonic(), {name: [f"{name}.{suffix}" for suffix in args.format]
+                                      for name in slices}
 
-    start = time.monotonic()
-    seeds = list(range(args.seed, args.seed + args.num))
-    shape = (model.net.config.in_channels, *model.net.config.sample_size)
-    images, states = generate(denoise, shape, seeds, args.out, config, args.batch_size, device,
-                              labels)
-    calls = denoise.calls // -(-args.num // args.batch_size)  # of each batch
-    save_grid(images, args.out / "grid.png", columns=min(8, args.num))
-    shown = torch.linspace(0, len(states) - 1, min(STRIP_LENGTH, len(states))).round().long()
-    save_grid(states[shown], args.out / "reverse.png", columns=len(shown))
+    def open_manifest() -> tuple[Manifest, list[str]]:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); give another "
+                            "folder") from None
+        manifest = Manifest(args.out, settings, ("seed", "position", "other_seed", "mix",
+                                                 "network_calls", "batch_size", "torch"))
+        todo = [name for name, slice_ in slices.items()
+                if not all([manifest.is_done(file, row_of(slice_)) for file in files[name]])]
+        manifest.start(file for name in todo for file in files[name])
+        return manifest, todo
+
+    manifest, todo = from_first(open_manifest)
+    mine = {name: slices[name] for name in todo[rank()::world_size()]}
+    batch_size = min(args.batch_size, -(-len(slices) // world_size()))
+    together(lambda: mine and write_slices(model, args, config, denoise, mine, batch_size, start,
+                                           manifest, next(iter(slices))))
+    if rank() > 0:
+        return
+    written = save_overviews(args, model, slices)
+    calls = denoise.calls // -(-len(mine) // batch_size) if mine else \
+        int(manifest.rows[next(iter(files.values()))[0]]["network_calls"])
     write_json(args.out / "samples.json", {
-        "model": str(model.path), "step": model.step, **asdict(config), "guide": args.guide,
-        "guidance": denoise.guidance,
-        "guidance_interval": args.guidance_interval, "epsilon_scale": args.epsilon_scale,
-        "clip": denoise.clip, "position": args.position, "class": args.class_,
-        "network_calls": calls, "first_seed": args.seed, "num": args.num,
-        "batch_size": args.batch_size})
-    print(f"{args.num} slices of {model.path} (step {model.step}), {config.steps} {config.sampler} "
-          f"steps, {calls} network calls each, in {time.monotonic() - start:.0f} s: "
-          f"{args.out}/slice_*.png, grid.png, reverse.png")
+        "model": str(model.path), **settings, "guide": args.guide, "position": args.position,
+        "network_calls": calls, "first_seed": next(iter(slices.values())).seed,
+        "num": len(slices), "batch_size": batch_size})
+    there = f" ({len(slices) - len(todo)} were there)" if len(todo) < len(slices) else ""
+    print(f"{len(slices)} slices{there} of {model.path} (step {model.step}), {config.steps} "
+          f"{config.sampler} steps, {calls} network calls each, in "
+          f"{time.monotonic() - begin:.0f} s: {args.out}/slice_*, " + ", ".join(written))
 
 
 if __name__ == "__main__":

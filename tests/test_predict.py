@@ -1,11 +1,14 @@
 """Sampling: a slice depends on its seed alone, whatever else is asked for."""
 
+import csv
+import hashlib
 import json
 import math
 import os
 import sys
 from dataclasses import asdict
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -14,11 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import predict
-from modules import QUALITY, Denoiser, SamplerConfig, make_scheduler_config, sample
-from predict import generate, load_model
+from dataset import draw_phantom
+from modules import (QUALITY, Denoiser, NoiseScheduler, SamplerConfig, make_scheduler_config,
+                     noise_levels, reverse_process, sample, seed_height, seeded_noise)
+from predict import Slice, generate, load_model, slice_noise
+from tools.volumes import upright
 from train import finish, train
 from utils.checkpoint import SHIPPED, find_model
 from utils.cli import UserError
+from utils.files import read_slice, save_slice, to_uint8
 
 CPU = torch.device("cpu")
 SHAPE = (1, 64, 64)  # of the shipped model's slices
@@ -29,11 +36,12 @@ def shipped():
     return load_model(SHIPPED["64"], CPU)
 
 
-def draw(model, out, seeds, config=SamplerConfig(steps=4), batch_size=4, dtype=torch.float32,
+def draw(model, seeds, config=SamplerConfig(steps=4), batch_size=4, dtype=torch.float32,
          guide=None, **guidance) -> dict[int, np.ndarray]:
     denoise = Denoiser(model.net, model.scheduler, guide, dtype=dtype, patch_size=2, **guidance)
-    generate(denoise, SHAPE, seeds, out, config, batch_size, CPU)
-    return {s: np.asarray(Image.open(out / f"slice_{s:06d}.png")).astype(int) for s in seeds}
+    return {slice_.seed: to_uint8(image)[0].numpy().astype(int)
+            for images, slices in generate(model, seeds, config, denoise, batch_size)
+            for image, slice_ in zip(images, slices)}
 
 
 @pytest.mark.parametrize("config", [
@@ -41,10 +49,10 @@ def draw(model, out, seeds, config=SamplerConfig(steps=4), batch_size=4, dtype=t
     SamplerConfig("dpmpp", 4), SamplerConfig("dpmpp", 4, eta=0.7), SamplerConfig("heun", 3),
     SamplerConfig("heun", 3, churn=1.0)], ids=lambda c: f"{c.sampler}-{c.eta}-{c.churn}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_slice_depends_on_its_seed_alone(shipped, tmp_path, config, dtype):
-    many = draw(shipped, tmp_path / "a", [5, 6, 7, 8, 9], config, dtype=dtype)
-    fewer = draw(shipped, tmp_path / "b", [8, 9], config, dtype=dtype)  # other count, start, place
-    backwards = draw(shipped, tmp_path / "c", [9, 8, 7, 6, 5], config, dtype=dtype)
+def test_a_slice_depends_on_its_seed_alone(shipped, config, dtype):
+    many = draw(shipped, [5, 6, 7, 8, 9], config, dtype=dtype)
+    fewer = draw(shipped, [8, 9], config, dtype=dtype)  # other count, start, place
+    backwards = draw(shipped, [9, 8, 7, 6, 5], config, dtype=dtype)
     for seed in (8, 9):
         assert (many[seed] == fewer[seed]).all()
     for seed in many:
@@ -54,27 +62,15 @@ def test_a_slice_depends_on_its_seed_alone(shipped, tmp_path, config, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sampler, steps", [("ddim", 5), ("ddpm", 5), ("dpmpp", 5), ("heun", 10)])
-def test_batch_size_changes_next_to_nothing(shipped, tmp_path, sampler, steps, dtype):
+def test_batch_size_changes_next_to_nothing(shipped, sampler, steps, dtype):
     config = SamplerConfig(sampler, steps)
-    reference = draw(shipped, tmp_path / "a", [0, 1, 2], config, 1, dtype)
+    reference = draw(shipped, [0, 1, 2], config, 1, dtype)
     for size in (2, 5):
-        other = draw(shipped, tmp_path / str(size), [0, 1, 2], config, size, dtype)
+        other = draw(shipped, [0, 1, 2], config, size, dtype)
         for seed in reference:
             difference = np.abs(reference[seed] - other[seed])
             # In bfloat16 a few coarse steps amplify the kernels' rounding at single pixels.
             assert difference.max() <= 2 if dtype == torch.float32 else difference.mean() < 1
-
-
-def test_files_are_rounded_grayscale(shipped, tmp_path):
-    images, states = generate(Denoiser(shipped.net, shipped.scheduler), SHAPE, [3], tmp_path,
-                              SamplerConfig(steps=3), 1, CPU)
-    with Image.open(tmp_path / "slice_000003.png") as picture:
-        assert picture.mode == "L" and picture.size == (64, 64)
-        exact = (images[0, 0].numpy().clip(-1, 1) + 1) * 127.5
-        assert np.abs(np.asarray(picture) - exact).max() <= 0.5 + 1e-4
-    assert states.shape == (4, 1, 64, 64)
-    assert torch.equal(states[-1], images[0])
-    assert states[0].std() == pytest.approx(1, abs=0.05)  # the strip starts at pure noise
 
 
 @pytest.mark.parametrize("config, calls", [
@@ -94,15 +90,15 @@ def test_network_calls_are_counted(shipped, config, calls):
     assert denoise.calls == 2 * calls
 
 
-def test_a_guide_that_is_the_model_changes_nothing_and_the_other_options_do(shipped, tmp_path):
-    plain = draw(shipped, tmp_path / "a", [1])
+def test_a_guide_that_is_the_model_changes_nothing_and_the_other_options_do(shipped):
+    plain = draw(shipped, [1])
     for guidance, interval in ((1.0, (0, math.inf)), (3.0, (0, math.inf)), (3.0, (1e4, 1e5))):
-        same = draw(shipped, tmp_path / "b", [1], guide=shipped.net, guidance=guidance,
+        same = draw(shipped, [1], guide=shipped.net, guidance=guidance,
                     guidance_interval=interval)
         assert np.abs(plain[1] - same[1]).max() <= 1  # rounding
-    weaker = draw(shipped, tmp_path / "c", [1], guide=lambda x, t: torch.zeros_like(x),
+    weaker = draw(shipped, [1], guide=lambda x, t: torch.zeros_like(x),
                   guidance=1.2)
-    scaled = draw(shipped, tmp_path / "d", [1], epsilon_scale=1.02)
+    scaled = draw(shipped, [1], epsilon_scale=1.02)
     for changed in (weaker, scaled):
         assert np.abs(plain[1] - changed[1]).max() > 2
 
@@ -141,9 +137,9 @@ def test_guides_of_something_else_are_rejected(make_run, tmp_path, refused, chan
     refused("predict.py", ["--model", "64", "--guide", guide], "--guide", guide.name, *words)
 
 
-def test_the_shipped_model_draws_brains(shipped, tmp_path):
+def test_the_shipped_model_draws_brains(shipped):
     """Against real slices' statistics (the data's README), not against earlier output."""
-    pictures = np.stack(list(draw(shipped, tmp_path, list(range(8)), QUALITY["default"],
+    pictures = np.stack(list(draw(shipped, list(range(8)), QUALITY["default"],
                                   8).values()))
     corners = np.concatenate([pictures[:, :6, :6], pictures[:, -6:, -6:]])
     assert corners.mean() < 2 and corners.max() < 16  # real: 0
@@ -203,3 +199,214 @@ def test_bad_models_are_named(make_run, tmp_path):
         torch.save(wrong, tmp_path / "wrong.pt")
         with pytest.raises(UserError, match="wrong.pt: its weights and its configs do not fit"):
             load_model(tmp_path / "wrong.pt", CPU)
+
+
+# The command: files, seeds, conditions ----------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(make_run, tmp_path, monkeypatch):
+    """tiny(*options) runs predict.py on a model of 16 pixels that is told heights -> its folder.
+
+    The net's weights are random, so that its slices depend on all that it is given.
+    """
+    run = make_run()
+    with torch.no_grad():
+        for index, parameter in enumerate(run.ema.net.parameters()):
+            generator = torch.Generator().manual_seed(index)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    run.export()
+
+    def call_predict(*options, out="out"):
+        monkeypatch.setattr(sys, "argv", list(map(str, [
+            "predict.py", "--checkpoint", run.folder, "--steps", 3, "--device", "cpu", "--dtype",
+            "float32", "--out", tmp_path / out, *options])))
+        predict.main()
+        return tmp_path / out
+    call_predict.checkpoint = run.folder
+    return call_predict
+
+
+def rows_of(folder) -> list[dict]:
+    with (folder / "manifest.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("suffix, error", [(".png", 0.5), (".nii", 0.5), (".npy", 0)])
+def test_formats_hold_the_image(tmp_path, suffix, error):
+    image = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    path = tmp_path / f"slice{suffix}"
+    save_slice(image, path, 1.0)
+    assert torch.equal(read_slice(path), to_uint8(image))
+    if suffix == ".npy":
+        assert (np.load(path) == image.numpy()).all()
+    assert (read_slice(path) - (image + 1) * 127.5).abs().max() <= 0.5 + 1e-4
+
+
+def test_seeds_are_listed_and_batches_no_larger_than_the_slices(tiny):
+    out = tiny("--seeds", "7,3-4,7", "--format", "png", "npy")
+    assert sorted(path.name for path in out.glob("slice_*")) == [
+        f"slice_{seed:06d}.{suffix}" for seed in (3, 4, 7) for suffix in ("npy", "png")]
+    rows = rows_of(out)
+    assert [row["seed"] for row in rows] == ["7", "7", "3", "3", "4", "4"]
+    assert {row["batch_size"] for row in rows} == {"3"} and rows[0]["network_calls"] == "3"
+    digest = hashlib.sha256((tiny.checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    assert {row["weights_sha256"] for row in rows} == {digest}
+    assert float(rows[0]["position"]) == seed_height(7)
+    assert json.loads((out / "samples.json").read_text())["network_calls"] == 3
+    with Image.open(out / "reverse.gif") as film:
+        assert film.size == (32, 16) and film.n_frames == 4  # x_t and x_0, 3 steps and the image
+
+
+def test_a_second_call_draws_only_what_is_missing_or_damaged(tiny):
+    out = tiny("--num", 4)
+    before = {path.name: path.read_bytes() for path in out.glob("slice_*")}
+    (out / "slice_000001.png").unlink()
+    (out / "slice_000002.png").write_bytes(before["slice_000002.png"][:-9])
+    with (out / "manifest.csv").open("a") as file:
+        file.write("slice_000009.png,cut of")  # as by a loss of power
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("slice_*")}
+    tiny("--num", 4)
+    assert {path.name: path.read_bytes() for path in out.glob("slice_*")} == before
+    drawn = [name for name in times if (out / name).stat().st_mtime_ns != times[name]]
+    assert drawn == ["slice_000002.png"] and len(rows_of(out)) == 4
+    tiny("--num", 5)  # more of the same
+    assert len(rows_of(out)) == 5
+    tiny("--num", 5)
+    assert json.loads((out / "samples.json").read_text())["network_calls"] == 3
+
+
+def test_folders_of_something_else_are_rejected(tiny, tmp_path, refused):
+    out = tiny("--num", 1)
+    other = ["--checkpoint", tiny.checkpoint, "--device", "cpu", "--dtype", "float32", "--out", out]
+    refused("predict.py", [*other, "--steps", 2, "--num", 1], "manifest.csv", "steps = 3, now 2")
+    refused("predict.py", [*other, "--steps", 3, "--num", 1, "--position", 0.25], "position",
+            "now 0.25")
+    (out / "slice_000001.png").touch()
+    refused("predict.py", [*other, "--steps", 3, "--num", 2], "slice_000001.png", "not in manifest")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.txt").touch()
+    refused("predict.py", [*other[:-1], tmp_path / "photos"], "photos", "cat.txt", "manifest.csv")
+    assert (tmp_path / "photos" / "cat.txt").exists()
+
+
+def test_a_stack_is_one_noise_at_all_heights(tiny, shipped):
+    out = tiny("--stack", "--seed", 5, "--num", 3)
+    single = tiny("--position", 0.5, "--seed", 5, "--num", 1, "--batch-size", 1, out="single")
+    middle = read_slice(out / "slice_000005_height_0.5000.png").int()
+    assert (middle - read_slice(single / "slice_000005.png")).abs().max() <= 1
+    volume = nibabel.load(out / "stack.nii.gz")
+    assert nibabel.aff2axcodes(volume.affine) == ("L", "A", "S")
+    # 16 pixels stand for 208 mm, and 8 training heights, 7 mm, for three slices.
+    assert volume.header.get_zooms() == (13.0, 13.0, 3.5)
+    assert volume.shape == (16, 16, 3)
+    planes = upright(volume, "stack")[0][:, ::-1, 1].T  # as tools.prepare cuts volumes
+    assert (np.asarray(planes) == middle.numpy()).all()
+    with Image.open(out / "scan.gif") as film:
+        assert film.n_frames == 3
+    assert len(list(tiny("--position", "all", out="all").glob("slice_*"))) == 8  # as in training
+
+
+def test_interpolation_runs_over_the_sphere(tiny, shipped):
+    noise = slice_noise([Slice(1), Slice(1, None, None, 2, 0.0), Slice(1, None, None, 2, 0.3),
+                         Slice(1, None, None, 2, 1.0)], (1, 100, 100))()
+    first, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    a, b = (torch.randn(1, 100, 100, generator=g) for g in (first, other))
+    assert torch.equal(noise[0], a) and torch.equal(noise[1], a)
+    torch.testing.assert_close(noise[3], b, rtol=0, atol=1e-6)
+    mixed = math.cos(0.3 * math.pi / 2) * a + math.sin(0.3 * math.pi / 2) * b
+    torch.testing.assert_close(noise[2], mixed)
+    assert noise[2].std().item() == pytest.approx(1, abs=0.03)
+
+    out = tiny("--interpolate", 3, 17, "--num", 3)
+    ends = tiny("--seeds", "3,17,20", out="ends")  # the batch has the same size
+    for name, seed in (("0.0000", 3), ("1.0000", 17)):
+        frame = read_slice(out / f"slice_000003_000017_{name}.png").int()
+        assert (frame - read_slice(ends / f"slice_{seed:06d}.png")).abs().max() <= 1
+    with Image.open(out / "interpolation.gif") as film:
+        assert film.n_frames == 3
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A phantom of 16 pixels as a file, and its levels."""
+    pixels = draw_phantom(16, 3, 0.5)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png", torch.from_numpy(pixels)
+
+
+def test_strength_is_how_far_an_image_is_noised(picture):
+    """A net that always means the noise of x_t to be what was added gives the image back."""
+    scheduler = NoiseScheduler(make_scheduler_config("cosine", prediction_type="sample"))
+    image = picture[1][None] / 127.5 - 1
+    states = []
+    for strength in (0.1, 0.4, 1.0):
+        denoise = Denoiser(lambda x, t: torch.zeros_like(x), scheduler)
+        walk = list(reverse_process(denoise, seeded_noise([1], (1, 16, 16)), SamplerConfig(steps=8),
+                                    init=image, strength=strength))
+        levels = noise_levels(scheduler, SamplerConfig(steps=8), strength)
+        noise = seeded_noise([1], (1, 16, 16))()
+        torch.testing.assert_close(walk[0][0],
+                                   levels[0].signal * image + levels[0].noise * noise)
+        assert len(walk) == len(levels)
+        states.append(levels[0].timestep / 999)
+    assert states == pytest.approx([0.1, 0.4, 1.0], rel=0.01)
+
+
+def test_a_mask_keeps_the_rest(tiny, picture, tmp_path):
+    path, levels = picture
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:9, 5:12] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    out = tiny("--init", path, "--mask", tmp_path / "mask.png", "--num", 2)
+    for seed in (0, 1):
+        drawn = read_slice(out / f"slice_{seed:06d}.png")
+        assert (drawn == levels)[torch.from_numpy(mask == 0)].all()
+        assert (drawn != levels)[torch.from_numpy(mask > 0)].any()
+
+
+def test_a_filled_region_follows_what_is_around_it():
+    """Of an image of which all pixels are equal, one pixel is known: the rest has to follow.
+
+    The net knows the law: it gives the mean of x_t over signal, weighted over all pixels.
+    """
+    scheduler = NoiseScheduler(make_scheduler_config("cosine", prediction_type="sample"))
+
+    def net(x, timesteps):
+        signal = scheduler.level(timesteps[0].item()).signal
+        return (x.mean((2, 3), keepdim=True) / signal).expand_as(x)
+    denoise = Denoiser(net, scheduler)
+    image, mask = torch.full((1, 16, 16), 0.5), torch.zeros(1, 16, 16, dtype=torch.bool)
+    mask[:, :8] = True
+    denoise.known = image, mask
+    *_, (drawn, _) = reverse_process(denoise, seeded_noise([4], (1, 16, 16)),
+                                     SamplerConfig("ddpm", 200))
+    torch.testing.assert_close(drawn[0], image, rtol=0, atol=0.1)
+
+
+def test_wrong_use_is_one_line(tiny, picture, tmp_path, refused):
+    def attempt(args, *words):
+        refused("predict.py", ["--checkpoint", tiny.checkpoint, "--steps", 2, "--num", 1, *args],
+                *words)
+    path = picture[0]
+    (tmp_path / "text.png").write_text("hello")
+    Image.new("RGB", (16, 16), (200, 30, 20)).save(tmp_path / "colour.png")
+    Image.new("L", (16, 16)).save(tmp_path / "black.png")
+    Image.new("L", (12, 16), 255).save(tmp_path / "narrow.png")
+    attempt(["--position", "1.5"], "--position", "'1.5'", "0 to 1")
+    attempt(["--strength", "0"], "--strength", "'0'", "above 0")
+    attempt(["--strength", "0.4"], "--strength needs --init")
+    attempt(["--mask", path], "--mask needs --init")
+    for name in ("text.png", "colour.png", "black.png", "nowhere.png"):
+        attempt(["--init", tmp_path / name], name)
+    attempt(["--init", path, "--mask", tmp_path / "black.png"], "black.png", "nothing to fill")
+    attempt(["--init", path, "--mask", tmp_path / "narrow.png"], "narrow.png", "12x16", "16x16")
+    attempt(["--seeds", "1-0"], "--seeds", "'1-0'")
+    attempt(["--seeds", "3"], "--seeds", "--num")
+    attempt(["--stack", "--position", "0.5"], "--stack", "--position")
+    attempt(["--stack", "--interpolate", "1", "2"], "--stack", "--interpolate")
+    attempt(["--interpolate", "1", "2", "--seed", "4"], "--interpolate", "--seed")
+    refused("predict.py", ["--model", "64", "--stack"], "--stack", "without heights")
+    refused("predict.py", ["--model", "64", "--class", "CDR 1"], "--class", "without classes")
+    refused("predict.py", ["--model", "native", "--init", path], "picture.png", "16x16", "176x208")
+    refused("tools.evaluate", ["--data", tmp_path, "--position", "all"], "--position all")

@@ -33,7 +33,8 @@ def test_train_continue_predict(data, tmp_path, refused):
                   "--batch-size", 2, "--out", "o", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
-        "grid.png", "reverse.png", "samples.json", "slice_000041.png", "slice_000042.png",
+        "grid.png", "manifest.csv", "reverse.gif", "reverse.png", "samples.json",
+        "slice_000041.png", "slice_000042.png",
         "slice_000043.png"]
     with Image.open(tmp_path / "o" / "slice_000042.png") as picture:
         assert picture.size == (16, 16) and picture.mode == "L"

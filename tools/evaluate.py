@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from dataset import (BadSlice, Split, images_in, in_parallel, load_splits, read_gray,
                      slice_number)
-from modules import SAMPLERS, SPACINGS, SamplerConfig, noise_levels, sample, seed_height
-from predict import (Model, add_sampling_options, load_model, make_denoiser, make_labels,
-                     option_error, sampler_config)
+from modules import SAMPLERS, SPACINGS, SamplerConfig, noise_levels, seed_height
+from predict import (Model, Slice, add_sampling_options, check_labels, generate, load_model,
+                     make_denoiser, option_error, sampler_config)
 from tools.audit import SHOWN, Nearest, in_words, judge, nearest
 from tools.evaluation_page import draw_page
 from tools.features import INSTALL, cached_features, extract, load_network
@@ -67,22 +67,25 @@ class Drawn(NamedTuple):
     calls: int
 
 
+def height_of(args: argparse.Namespace, model: Model, seed: int) -> float | None:
+    """The height that a seed's slice is drawn at, as in predict.py; None if none is told."""
+    own = args.position is None and model.labels.height_range
+    return seed_height(seed) if own else args.position
+
+
 def draw_slices(model: Model, args: argparse.Namespace, config: SamplerConfig,
                 device: torch.device) -> Drawn:
     """Samples --num slices as predict.py does from the same options."""
-    denoise, labels = make_denoiser(model, args, device), make_labels(model, args)
-    seeds = list(range(args.seed, args.seed + args.num))
-    shape = (model.net.config.in_channels, *model.net.config.sample_size)
-    batches = -(-args.num // args.batch_size)
+    denoise, num = make_denoiser(model, args, device), args.num
+    seeds, batch_size = list(range(args.seed, args.seed + num)), min(args.batch_size, num)
+    slices = [Slice(seed, height_of(args, model, seed), args.class_) for seed in seeds]
+    batches = -(-num // batch_size)
     with progress_bar(batches * (config.steps + 1), f"{config.sampler}:{config.steps}",
                       "state") as bar:
-        drawn = sample(denoise, seeds, shape, config, args.batch_size, device,
-                       lambda *_: bar.update(), labels)
-        images = [to_uint8(batch)[:, 0] for batch in drawn]
-    heights = None
-    if model.labels.height_range:
-        heights = torch.tensor([seed_height(seed) if args.position is None else args.position
-                                for seed in seeds])
+        drawn = generate(model, slices, config, denoise, batch_size,
+                         watch=lambda *_: bar.update())
+        images = [to_uint8(batch)[:, 0] for batch, _ in drawn]
+    heights = torch.tensor([s.height for s in slices]) if model.labels.height_range else None
     return Drawn(torch.cat(images), [f"seed {seed}" for seed in seeds], heights,
                  denoise.calls // batches)
 
@@ -348,6 +351,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.slices and args.compare:
         raise UserError("--compare draws slices itself; leave out --slices")
+    if args.position == "all":
+        raise UserError("--position all: slices are evaluated at their seeds' heights, or at one; "
+                        "leave it out, or give a number from 0 to 1")
     if args.compare and (args.sampler or args.steps or args.quality):
         raise UserError("--compare names samplers and steps; leave out --sampler, --steps and "
                         "--quality")
@@ -387,7 +393,7 @@ def evaluate_model(args: argparse.Namespace, net: nn.Module, model: Model,
                         f"{EVAL_SEED - 1}")
     shape = tuple(model.net.config.sample_size)
     configs = sampler_configs(args, model)
-    make_denoiser(model, args, device), make_labels(model, args)  # a wrong option ends it here
+    make_denoiser(model, args, device), check_labels(model, args)  # a wrong option ends it here
     reference, found = Reference(load_data(args.data, shape, str(model.path)), net), []
     for config in configs:
         drawn = draw_slices(model, args, config, device)

@@ -44,6 +44,22 @@ positive_float = checked(float, lambda v: 0 < v < math.inf, "a number above 0")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
 
+def seed_list(text: str) -> list[int]:
+    """An argparse type: "0-63,100" -> the seeds, each once, in this order."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            low, high = seed_number(first), seed_number(last if dash else first)
+            if high < low:
+                raise argparse.ArgumentTypeError
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(f"{part!r} is no seed or range of seeds such as 0-63, "
+                                             "from 0 to 2^31 - 1") from None
+        seeds.update(dict.fromkeys(range(low, high + 1)))
+    return list(seeds)
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
     try:
