@@ -3,7 +3,7 @@
     python predict.py                          the shipped native model, or --model 64
     python predict.py --checkpoint RUN         a run folder, its checkpoint.pt or model.safetensors
     python predict.py --checkpoint latest      the newest run under runs/
-    torchrun predict.py --num 10000            each rank samples its part
+    torchrun --nproc-per-node 2 -- predict.py --num 10000         ranks share the slices
 
 Writes slice_000042.png (8-bit grayscale, drawn from seed 42 alone), grid.png (the first slices),
 reverse.png and reverse.gif (the first slice's way from noise to brain), manifest.csv (a row for
@@ -289,8 +289,8 @@ def read_init(args: argparse.Namespace, model: Model) -> dict:
     for path, picture in zip((args.init, args.mask), pictures):
         if height != width and picture.size != (width, height) or picture.size != pictures[0].size:
             wanted = pictures[0].size if height == width else (width, height)
-            raise BadSlice(path, f"has {picture.width}x{picture.height} pixels (columns x rows), not "
-                           f"{wanted[0]}x{wanted[1]}", "give images of one size, the model's")
+            raise BadSlice(path, f"has {picture.width}x{picture.height} pixels (columns x rows), "
+                           f"not {wanted[0]}x{wanted[1]}", "give images of the model's size")
     levels = [torch.from_numpy(fit(picture, height if height == width else None))[None]
               for picture in pictures]
     values = {"init": levels[0] / 127.5 - 1,
@@ -391,22 +391,26 @@ def parse_args() -> argparse.Namespace:
         help="how many slices, heights of --stack or frames of --interpolate (default: 16; of "
              "--stack as many as in training)")
     add("--seeds", type=seed_list, metavar="LIST",
-        help="seeds instead of --seed and --num, such as 0-63,100")
+        help="seeds instead of --seed and --num, such as 0-63,100 (default: "
+             "those)")
     add("--format", nargs="+", choices=("png", "npy", "nii"), default=["png"],
         help="files of each slice: png and nii of 8 bits, npy of float32 in [-1, 1] (default: png)")
     add("--stack", action="store_true",
         help="one head: all heights from the noise of --seed, with a montage, scan.gif and "
-             "stack.nii.gz")
+             "stack.nii.gz (default: off)")
     add("--slice-step", type=positive_float, default=1.0, metavar="MM",
         help="distance of neighbouring training slices, for stack.nii.gz (default: 1)")
     add("--interpolate", type=seed_number, nargs=2, metavar=("A", "B"),
-        help="from seed A's noise to seed B's, on the sphere, with interpolation.gif")
-    add("--init", type=Path, metavar="IMAGE", help="slice to noise and draw anew")
+        help="from seed A's noise to seed B's, on the sphere, with interpolation.gif (default: "
+             "off)")
+    add("--init", type=Path, metavar="IMAGE", 
+        help="slice to noise and draw anew (default: start from noise)")
     add("--strength", type=strength, metavar="S",
         help="how far to noise --init, above 0 (not at all) to 1 (wholly) (default: 0.5; 1 with "
              "--mask)")
     add("--mask", type=Path, metavar="IMAGE",
-        help="draw anew only where this picture is white; --init stays elsewhere")
+        help="draw anew only where this picture is white; --init stays elsewhere "
+             "(default: everywhere)")
     add_sampling_options(parser)
     return parser.parse_args()
 
@@ -414,7 +418,7 @@ def parse_args() -> argparse.Namespace:
 def write_slices(model: Model, args: argparse.Namespace, config: SamplerConfig, denoise: Denoiser,
                  slices: dict[str, Slice], batch_size: int, start: dict, manifest: Manifest,
                  first: str) -> None:
-    """Samples slices and writes each batch's files, and the reverse process of the slice `first`."""
+    """Samples slices and writes each batch's files, and the reverse process of `first`."""
     states: list[tuple[Tensor, Tensor]] = []
     names, pixel_mm = list(slices), FIELD_MM / max(model.net.config.sample_size)
     levels = noise_levels(model.scheduler, config, start.get("strength", 1.0))

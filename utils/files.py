@@ -169,8 +169,8 @@ class Manifest:
     def _read(self, lines: list[str]) -> None:
         reader = csv.DictReader(lines)
         if lines and tuple(reader.fieldnames or ()) != self.columns:
-            raise UserError(f"{self.path}: has other columns than this version writes; give another "
-                            "folder")
+            raise UserError(f"{self.path}: has other columns than this version writes; give "
+                            "another folder")
         for row in reader:
             for name, value in self.settings.items():
                 if row[name] != value:

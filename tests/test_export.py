@@ -1,0 +1,84 @@
+"""An exported model, opened by diffusers: the same slices there as here."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from PIL import Image
+
+from modules import Denoiser, LabelConfig, SamplerConfig, UNetConfig, seeded_noise
+from predict import Slice, generate, load_model
+from tools.export import export
+from utils.checkpoint import SHIPPED
+from utils.files import to_uint8
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["64", "native"])
+def exported(request, tmp_path_factory):
+    """A shipped model, and the pipeline that diffusers makes of its folder, with one call."""
+    folder = tmp_path_factory.mktemp("export") / "brains"
+    model = load_model(SHIPPED[request.param], CPU)
+    export(model, folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return model, pipeline, folder
+
+
+@pytest.mark.parametrize("sampler, cls", [("ddim", DDIMScheduler),
+                                          ("dpmpp", DPMSolverMultistepScheduler)])
+def test_the_same_noise_gives_the_same_slices(exported, sampler, cls):
+    model, pipeline, _ = exported
+    told = {"position": 20 / 31, "label": "CDR 1"} if model.labels.dim else {}
+    slices = [Slice(seed, told.get("position"), told.get("label")) for seed in (3, 4)]
+    # Steps that divide 1000: otherwise their DDIM steps to timesteps where it is not called next.
+    config = SamplerConfig(sampler, 5, spacing="trailing")
+    denoise = Denoiser(model.net, model.scheduler, patch_size=model.net.config.patch_size)
+    (ours, _), = generate(model, slices, config, denoise, batch_size=2)
+    pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
+    noise = seeded_noise([3, 4], tuple(ours.shape[1:]))()
+    theirs = pipeline(**told, latents=noise, num_inference_steps=5, output_type="np").images
+    difference = np.abs(theirs.astype(int) - to_uint8(ours)[:, 0].numpy().astype(int))
+    assert difference.max() <= 1
+    assert to_uint8(ours).float().std() > 30  # there is something to see
+
+
+def test_conditions_and_guidance_change_the_slice_and_wrong_ones_are_named(exported):
+    model, pipeline, _ = exported
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    if not model.labels.dim:
+        with pytest.raises(ValueError, match="without heights"):
+            pipeline(position=0.5)
+        return
+    with pytest.raises(ValueError, match="0 to 1"):
+        pipeline(position=1.5)
+    with pytest.raises(ValueError, match="CDR 0.5"):
+        pipeline(label="old")
+
+    def draw(**options):
+        image, = pipeline(**options, num_inference_steps=2,
+                          generator=torch.Generator().manual_seed(0)).images
+        assert image.mode == "L" and image.size == (176, 208)
+        return np.asarray(image).astype(int)
+    low, high = draw(position=0.1), draw(position=0.9)
+    assert np.abs(low - high).mean() > 2
+    assert np.abs(draw(position=0.1, guidance_scale=3.0) - low).mean() > 0.5
+
+
+def test_the_card_has_the_header_of_model_hubs(exported):
+    _, header, text = (exported[2] / "README.md").read_text().split("---\n", 2)
+    fields = dict(line.split(": ") for line in header.splitlines() if ": " in line)
+    assert fields == {"library_name": "diffusers",
+                      "pipeline_tag": "unconditional-image-generation"}
+    assert "No diagnostic use" in text and "from_pretrained" in text
+
+
+def test_wrong_use_is_one_line(tmp_path, refused):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    refused("tools.export", ["64", tmp_path / "full"], "full", "holds other files")
+    refused("tools.export", ["nowhere", tmp_path / "new"], "nowhere")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,108 @@
+"""The pipeline file of an exported model: needs diffusers and torch alone.
+
+    from diffusers import DiffusionPipeline
+    pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+    pipeline(position=0.6, label="CDR 1").images[0].save("slice.png")
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+
+class BrainSlicePipeline(DiffusionPipeline):
+    """Samples brain slices: a `UNet2DModel` on patches of pixels, and what surrounds it.
+
+    unet: works on images whose patches are folded into channels; its class embedding is a table of
+        the conditions, see `row`.
+    scheduler: DDIMScheduler, DDPMScheduler or DPMSolverMultistepScheduler.
+    patch_size: side of the patches.
+    final_conv: {"weight", "bias"} of the convolution at full resolution behind them, or None.
+    labels: names of the classes; heights: rows of the table for heights, evenly from 0 to 1.
+    clip: whether the predicted x_0 is clipped to [-1, 1].
+    """
+
+    def __init__(self, unet, scheduler, patch_size=1, final_conv=None, labels=(), heights=0,
+                 clip=True):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(patch_size=patch_size, final_conv=final_conv, labels=list(labels),
+                                heights=heights, clip=clip)
+
+    def row(self, position=None, label=None) -> int:
+        """Row of the table: (height or none) x (class or none); row 0 tells nothing."""
+        names, heights = self.config.labels, self.config.heights
+        if position is not None and not (heights and 0 <= position <= 1):
+            raise ValueError(f"position {position}: " + (
+                "give a height from 0 to 1" if heights else "it was trained without heights"))
+        if label is not None and label not in names:
+            raise ValueError(f"label {label!r}: the model's classes are {names or 'none'}")
+        height = 0 if position is None else 1 + round(position * (heights - 1))
+        return height * (len(names) + 1) + (0 if label is None else 1 + names.index(label))
+
+    def predict(self, x, timestep, row):
+        """x_t, (B, 1, H, W) -> x_0 predicted from it, without the patches' grid, and clipped."""
+        patch, final = self.config.patch_size, self.config.final_conv
+        rows = torch.full((len(x),), row, device=x.device)
+        output = self.unet(F.pixel_unshuffle(x, patch), timestep,
+                           class_labels=rows if self.unet.config.num_class_embeds else None).sample
+        output = F.pixel_shuffle(output, patch)
+        if final:
+            weight, bias = (torch.tensor(final[key], dtype=x.dtype, device=x.device)
+                            for key in ("weight", "bias"))
+            output = F.conv2d(torch.cat([F.silu(output), x], dim=1), weight, bias, padding=1)
+        signal, noise = self.signal_and_noise(timestep)
+        clean = {"epsilon": lambda: (x - noise * output) / signal, "sample": lambda: output,
+                 "v_prediction": lambda: signal * x - noise * output}[self.kind]()
+        if patch > 1:  # GroupNorm hides this part of the noise from the net
+            means = F.pixel_unshuffle(clean, patch).mean((2, 3), keepdim=True)
+            grid = F.pixel_shuffle(means, patch)
+            grid = grid - grid.mean((2, 3), keepdim=True)
+            clean = clean - grid.repeat(1, 1, *(side // patch for side in x.shape[2:]))
+        return clean.clamp(-1, 1) if self.config.clip else clean
+
+    @property
+    def kind(self):
+        return self.scheduler.config.prediction_type
+
+    def signal_and_noise(self, timestep):
+        alpha_bar = self.scheduler.alphas_cumprod[int(timestep)].double()
+        return alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item()
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, position=None, label=None, guidance_scale=1.0,
+                 num_inference_steps=20, generator=None, latents=None, output_type="pil"):
+        """Samples `batch_size` slices.
+
+        position: height in the head, 0 to 1; label: a class; None: not told.
+        guidance_scale: weight of classifier-free guidance; 1 is none.
+        latents: unit noise (B, 1, H, W) to start from instead of the generator's.
+        output_type: "pil", "np", uint8 (B, H, W), or "pt", (B, 1, H, W) in [-1, 1].
+        """
+        patch, row = self.config.patch_size, self.row(position, label)
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        x = latents
+        if x is None:
+            x = randn_tensor((batch_size, 1, height * patch, width * patch), generator,
+                             self.device, self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=x.device)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            clean = self.predict(x, timestep, row)
+            if guidance_scale != 1:
+                weak = self.predict(x, timestep, 0)
+                clean = weak + guidance_scale * (clean - weak)
+                clean = clean.clamp(-1, 1) if self.config.clip else clean
+            signal, noise = self.signal_and_noise(timestep)
+            epsilon = (x - signal * clean) / noise
+            output = {"epsilon": epsilon, "sample": clean,
+                      "v_prediction": signal * epsilon - noise * clean}[self.kind]
+            x = self.scheduler.step(output, timestep, x).prev_sample
+        if output_type == "pt":
+            return ImagePipelineOutput(images=x)
+        levels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()[:, 0].cpu().numpy()
+        return ImagePipelineOutput(images=levels if output_type == "np" else [
+            Image.fromarray(np.ascontiguousarray(image)) for image in levels])
