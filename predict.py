@@ -1,7 +1,7 @@
 """Samples brain slices out of noise with a trained model.
 
     python predict.py                          the shipped native model, or --model 64
-    python predict.py --checkpoint RUN         a run folder, its checkpoint.pt or model.safetensors
+    python predict.py --checkpoint RUN         a run folder, a checkpoint or model.safetensors
     python predict.py --checkpoint latest      the newest run under runs/
     torchrun --nproc-per-node 2 -- predict.py --num 10000         ranks share the slices
 
@@ -329,7 +329,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="shipped model: native, 176x208 pixels, told heights and classes; or 64, 64x64 pixels "
              "(default: %(default)s)")
     add("--checkpoint", metavar="RUN_OR_FILE",
-        help="run folder, checkpoint.pt, model.safetensors, or 'latest' for the newest run under "
+        help="run folder, checkpoint, model.safetensors, or 'latest' for the newest run under "
              "runs/ (default: a shipped model, see --model)")
     add("--seed", type=seed_number, default=0, metavar="K",
         help="seed of the first slice; slice i is drawn from K+i alone (default: %(default)s)")

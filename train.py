@@ -5,8 +5,8 @@
     python train.py --data ROOT --preset 128
     torchrun --standalone --nproc-per-node gpu -- train.py --data ROOT --preset 128
 
-Everything goes to one run folder: checkpoint.pt and the one before it, config.json, metrics.csv,
-loss.png, samples/ and, at the end, results.json and model.safetensors (the EMA weights in half
+Everything goes to one run folder: the last checkpoint-STEP.pt, config.json, metrics.csv, loss.png,
+samples/ and, at the end, results.json and model.safetensors (the EMA weights in half
 precision). The same command again continues where the run stopped, on any number of processes:
 after Ctrl-C, SIGTERM, SIGUSR1 or --max-hours at that very step, else at the last checkpoint.
 """
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import gc
 import importlib.util
-import io
 import json
 import math
 import os
@@ -37,7 +36,6 @@ from matplotlib.figure import Figure
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augmentations, load_splits,
@@ -45,7 +43,8 @@ from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augment
 from modules import (EMA, QUALITY, SCHEDULES, Denoiser, LabelConfig, NoiseScheduler, SamplerConfig,
                      SchedulerConfig, UNet, UNetConfig, make_scheduler_config, run_net, sample,
                      seeded_noise)
-from utils.checkpoint import FORMAT, Damaged, find_model, read_checkpoint, read_model
+from utils.checkpoint import (FORMAT, checkpoints, find_model, newest_checkpoint, read_model,
+                              write_checkpoint)
 from utils.cli import (EVAL_SEED, Parser, UserError, checked, fraction, natural, positive_float,
                        positive_int, run_cli, seed_number)
 from utils.device import (choose_dtype, describe_machine, keep_freed_memory, memory_gib,
@@ -531,7 +530,8 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        """The newest one."""
+        return next(iter(checkpoints(self.folder)), self.folder / "checkpoint-*.pt")
 
     def parts(self) -> dict[str, object]:
         """The dataclasses that rebuild the run."""
@@ -551,84 +551,30 @@ class Run:
                   file=sys.stderr)
 
     def save(self) -> None:
-        """Writes checkpoint.pt; the one before stays as checkpoint-STEP.pt, the last `keep` do.
+        """Writes checkpoint-STEP.pt; the last `keep` before it stay.
 
-        Raises UserError if the new file cannot be written or read back; nothing has changed then.
+        Raises UserError if it cannot be written or read back; nothing has changed then.
         """
-        buffer = io.BytesIO()
-        torch.save(tree_map_only(Tensor, Tensor.cpu, {  # so that it loads anywhere
-            "format": FORMAT, **self.configs(),
+        write_checkpoint(self.folder / f"checkpoint-{self.step:08d}.pt", {
+            **self.configs(),
             "net": self.net.state_dict(), "ema": self.ema.net.state_dict(),
             "ema_short": self.ema_short.net.state_dict() if self.ema_short else {},
             "ema_updates": self.ema.num_updates, "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "step": self.step, "seconds": self.seconds,
             "loss_sum": self.loss_sum, "loss_count": self.loss_count, "rows": self.rows,
             "normalisation": "uint8 / 127.5 - 1",
-            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-        }), buffer)
-        data = buffer.getvalue()
-
-        def write(file) -> None:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # else it would be read back from memory
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if Path(file.name).read_bytes() != data:
-                raise OSError("it reads back otherwise than it was written")
-            self._set_aside()
-        write_atomic(self.checkpoint, write)
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version()}})
         self.saved_step = self.step
-        for old in self._older()[self.keep:]:
+        for old in checkpoints(self.folder)[self.keep + 1:]:
             with contextlib.suppress(OSError):
                 old.unlink()
-
-    def _set_aside(self) -> None:
-        """Gives checkpoint.pt a second name by its step, so that it can be replaced."""
-        name = self.folder / f"checkpoint-{self.saved_step:08d}.pt"
-        if not self.checkpoint.exists():
-            return
-        name.unlink(missing_ok=True)
-        try:
-            os.link(self.checkpoint, name)
-        except OSError:  # a file system without links
-            os.replace(self.checkpoint, name)
-
-    def _older(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-[0-9]*.pt"), reverse=True)
-
-    def newest(self) -> dict | None:
-        """The contents of the newest checkpoint that is whole; None if there is none at all.
-
-        Damaged ones are set aside as NAME.damaged, with a warning, and the one before them
-        becomes checkpoint.pt. Raises Damaged if all are; they stay as they are then.
-        """
-        paths = [path for path in (self.checkpoint, *self._older()) if path.exists()]
-        errors = []
-        for path in paths:
-            try:
-                content = read_checkpoint(path)
-            except Damaged as error:
-                errors.append(error)
-                continue
-            for bad in paths[:len(errors)]:
-                print(f"warning: {bad} is damaged; it is now {bad.name}.damaged, and the run goes "
-                      f"on from {path.name}, step {content['step']}", file=sys.stderr)
-            with contextlib.suppress(OSError):  # the first save will say what is wrong here
-                for bad in paths[:len(errors)]:
-                    os.replace(bad, f"{bad}.damaged")
-                os.replace(path, self.checkpoint)
-            return content
-        if errors:
-            raise errors[0]
-        return None
 
     def resume(self) -> None:
         """Takes up the run in its folder, if there is one.
 
         Raises UserError if that is another configuration, further than `steps`, or damaged.
         """
-        content = from_first(self.newest)
+        content = from_first(lambda: newest_checkpoint(self.folder))
         if content is None:
             return
         stored = {part: content.get(part, {}) for part in self.parts()}

@@ -82,6 +82,7 @@ def die_inside_a_save(call: int, halfway: bool) -> None:
 
     whole_write = files.write_atomic
     files.write_atomic = dataset.write_atomic = train.write_atomic = half_written
+    checkpoint.write_atomic = half_written
     for name in ("fsync", "link", "unlink", "replace"):
         setattr(os, name, dying(getattr(os, name)))
 
@@ -153,7 +154,7 @@ def compare(a: Path, b: Path) -> dict[str, bool]:
     pictures = [{p.name: p.read_bytes() for p in run.glob("samples/*.png")} for run in (a, b)]
     # The library writes a file's metadata in any order.
     weights = [checkpoint.read_safetensors(run / "model.safetensors") for run in (a, b)]
-    checkpoints = [checkpoint.read_checkpoint(run / "checkpoint.pt") for run in (a, b)]
+    checkpoints = [checkpoint.newest_checkpoint(run) for run in (a, b)]
     return {"weights, EMA weights, optimiser": equal(*checkpoints),
             "metrics.csv": equal(*rows), "samples": equal(*pictures),
             "model.safetensors": equal(*weights)}

@@ -22,7 +22,7 @@ import train as script
 from dataset import batch_indices
 from train import train
 from utils import distributed
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint import find_model, newest_checkpoint, read_checkpoint
 from utils.cli import UserError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -77,7 +77,7 @@ def test_two_processes_are_one_and_a_run_moves_between_them(data, tmp_path, comm
                                     cwd=tmp_path, capture_output=True, text=True, timeout=200)
             assert result.returncode == 0, result.stderr
             assert result.stdout.count(f"step {steps}/{steps} ") == 1 and "1 more" in result.stdout
-    for name in ("checkpoint-00000020.pt", "checkpoint.pt"):
+    for name in ("checkpoint-00000020.pt", "checkpoint-00000028.pt"):
         ours, theirs = (read_checkpoint(tmp_path / run / name) for run in ("r", "one"))
         for part in ("net", "ema"):
             assert difference(ours[part], theirs[part]) < 1e-6
@@ -110,7 +110,7 @@ def test_sigterm_to_torchrun_stops_all_processes_at_one_step(data, tmp_path):
     wait_for(process, "step 3/")
     process.send_signal(signal.SIGTERM)
     rest, errors = process.communicate(timeout=60)
-    step = read_checkpoint(tmp_path / "r" / "checkpoint.pt")["step"]
+    step = newest_checkpoint(tmp_path / "r")["step"]
     assert f"stopped by SIGTERM after step {step};" in rest, rest + errors
     assert "SIGKILL" not in errors and "RuntimeError" not in errors
     assert step > 3 and f"step {step}/" in rest and f"step {step + 1}/" not in rest
@@ -171,7 +171,7 @@ def test_the_batch_script(data, tmp_path):
     wait_for(job, "step 3/")
     job.send_signal(signal.SIGUSR1)
     rest, errors = job.communicate(timeout=60)
-    step = read_checkpoint(tmp_path / "r" / "checkpoint.pt")["step"]
+    step = newest_checkpoint(tmp_path / "r")["step"]
     assert job.returncode == 0 and f"stopped by SIGUSR1 after step {step};" in rest, rest + errors
     requeued = tmp_path / "requeued"
     assert requeued.read_text() == f"requeue {os.getpid()}\n"
@@ -236,7 +236,7 @@ def test_killed_at_every_step_of_a_save(make_run, monkeypatch):
     run.step = 2
     run.save()
     run.step, calls = 3, 0
-    names = ("fsync", "link", "unlink", "replace", "open")
+    names = ("fsync", "unlink", "replace", "open")
     while True:
         child = os.fork()
         if child == 0:
@@ -252,9 +252,9 @@ def test_killed_at_every_step_of_a_save(make_run, monkeypatch):
             run.save()
             os._exit(0)
         status = os.waitpid(child, 0)[1]
-        found = make_run().newest()
-        assert found["step"] == (3 if (run.folder / "checkpoint-00000002.pt").exists()
-                                 and read_checkpoint(run.checkpoint)["step"] == 3 else 2)
+        found = newest_checkpoint(run.folder)
+        new = run.folder / "checkpoint-00000003.pt"
+        assert found["step"] == (3 if new.exists() else 2)
         assert all(read_checkpoint(path) for path in run.folder.glob("*.pt"))
         assert len(list(run.folder.glob("*.pt"))) >= 2
         if not os.WIFSIGNALED(status):
@@ -277,7 +277,7 @@ def test_a_damaged_byte_is_found_or_harmless(make_run):
         try:
             assert same(read_checkpoint(run.checkpoint), content)
         except UserError as error:
-            assert "checkpoint.pt: is damaged" in str(error)
+            assert f"{run.checkpoint}: is damaged" in str(error)
             found += 1
     for length in [0, 1, 72, 73, len(good) - 1, *(chance.randrange(len(good)) for _ in range(20))]:
         run.checkpoint.write_bytes(good[:length])
@@ -292,13 +292,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_run, capsys):
         train(each, log_every=2, save_every=4)
     bad = bytearray(run.checkpoint.read_bytes())
     bad[len(bad) // 2] ^= 1
-    run.checkpoint.write_bytes(bad)
+    newest = run.checkpoint
+    newest.write_bytes(bad)
     (run.folder / "metrics.csv").write_text("nonsense")
     again = make_run()
     again.resume()
     warning = capsys.readouterr().err
-    assert "checkpoint.pt is damaged" in warning and "step 4" in warning and again.step == 4
-    assert (run.folder / "checkpoint.pt.damaged").read_bytes() == bad
+    assert "checkpoint-00000008.pt is damaged" in warning and "step 4" in warning
+    assert again.step == 4
+    assert (run.folder / f"{newest.name}.damaged").read_bytes() == bad
     assert read_checkpoint(run.checkpoint)["step"] == 4
     train(again, log_every=2, save_every=4)
     ours, theirs = read_checkpoint(run.checkpoint), read_checkpoint(whole.checkpoint)
@@ -308,7 +310,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_run, capsys):
     for path in run.folder.glob("*.pt"):
         path.write_bytes(b"nothing")
     for _ in range(2):  # and not from the start, at the second attempt
-        with pytest.raises(UserError, match="checkpoint.pt: is damaged"):
+        with pytest.raises(UserError, match="checkpoint-00000008.pt: is damaged"):
             make_run().resume()
 
 
@@ -319,12 +321,27 @@ def test_a_disk_that_cannot_be_read_now_is_no_damage(make_run, monkeypatch):
 
     def stale(path):
         raise OSError(116, "Stale file handle")
-    monkeypatch.setattr(script.Path, "read_bytes", stale)
-    with pytest.raises(UserError, match="checkpoint.pt: cannot be read .Stale file handle."):
+    monkeypatch.setattr("pathlib.Path.read_bytes", stale)
+    with pytest.raises(UserError, match="00000008.pt: cannot be read .Stale file handle."):
         make_run().resume()
     monkeypatch.undo()
     assert read_checkpoint(run.checkpoint)["step"] == 8
     assert not list(run.folder.glob("*.damaged"))
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["renamed", "second name"])
+def test_a_run_of_an_older_version_continues(make_run, link):
+    """Its newest checkpoint is checkpoint.pt, which may also have the name of its step."""
+    run = make_run()
+    for run.step in (2, 4):
+        run.save()
+    newest, former = run.checkpoint, run.folder / "checkpoint.pt"
+    (os.link if link else os.replace)(newest, former)
+    assert find_model(run.folder) == former
+    again = make_run()
+    again.resume()
+    assert again.step == 4 and sorted(path.name for path in run.folder.glob("*.pt")) == [
+        "checkpoint-00000002.pt", "checkpoint-00000004.pt"]
 
 
 def test_how_many_checkpoints_stay(make_run):
@@ -335,7 +352,7 @@ def test_how_many_checkpoints_stay(make_run):
     train(run, log_every=8, save_every=1)
     assert sorted(path.name for path in run.folder.glob("*.pt")) == [
         "checkpoint-00000005.pt", "checkpoint-00000006.pt", "checkpoint-00000007.pt",
-        "checkpoint-best.pt", "checkpoint.pt"]
+        "checkpoint-00000008.pt", "checkpoint-best.pt"]
     assert read_checkpoint(run.folder / "checkpoint-00000006.pt")["step"] == 6
 
 
@@ -429,11 +446,11 @@ def test_a_last_save_that_fails_is_exit_code_2(data, tmp_path, refused, monkeypa
     monkeypatch.setattr(sys, "argv", ["train.py", *options])
     with pytest.raises(UserError, match="last save failed.* of step 2, and this was 4"):
         script.main()
-    assert "warning: r/checkpoint.pt: cannot be written" in capsys.readouterr().err
+    assert "warning: r/checkpoint-00000002.pt: cannot be written" in capsys.readouterr().err
     monkeypatch.setattr(script.Run, "save", real)
     script.main()  # not finished, though the results were written
     assert "step 2 of 4" in capsys.readouterr().out
-    assert read_checkpoint(tmp_path / "r" / "checkpoint.pt")["step"] == 4
+    assert newest_checkpoint(tmp_path / "r")["step"] == 4
 
 
 # Numbers that go bad ----------------------------------------------------------------------------
@@ -513,7 +530,7 @@ def test_max_hours_saves_and_the_same_command_continues(command, tmp_path, capsy
     for step in (1, 2):
         command("--steps", 5, "--max-hours", 1e-6 if step == 1 else 1e-5)
         assert f"stopped by --max-hours after step {step};" in capsys.readouterr().out
-        assert read_checkpoint(tmp_path / "r" / "checkpoint.pt")["step"] == step
+        assert newest_checkpoint(tmp_path / "r")["step"] == step
 
 
 def test_a_signal_before_the_first_step(command, tmp_path, monkeypatch, capsys):

@@ -181,7 +181,7 @@ def test_bad_models_are_named(make_run, tmp_path):
     run.export()
     with pytest.raises(UserError, match="nowhere"):
         find_model(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="neither checkpoint.pt nor"):
+    with pytest.raises(UserError, match="neither a checkpoint nor"):
         find_model(str(tmp_path))
 
     whole = (run.folder / "model.safetensors").read_bytes()

@@ -16,6 +16,7 @@ from PIL import Image
 import train
 from train import PRESETS
 from utils import device
+from utils.checkpoint import newest_checkpoint
 from utils.cli import run_cli
 from utils.distributed import local_device
 
@@ -131,7 +132,7 @@ def test_sigterm_saves_and_the_same_command_continues(data, tmp_path):
     rest, _ = process.communicate()
     alarm.cancel()
     assert process.returncode == 0 and "stopped by SIGTERM" in rest
-    step = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"]
+    step = newest_checkpoint(tmp_path / "r")["step"]
     rows = (tmp_path / "r" / "metrics.csv").read_text().splitlines()
     assert step >= 3 and len(rows) == step + 1
 
@@ -164,7 +165,7 @@ def test_a_finished_run_is_not_tested_twice(data, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(data), "--run", "r", *SMALL,
                                       "--steps", "2"])
     train.main()
-    (tmp_path / "r" / ".checkpoint.pt.1.tmp").touch()
+    (tmp_path / "r" / ".checkpoint-00000001.pt.1.tmp").touch()
     results = (tmp_path / "r" / "results.json").stat().st_mtime_ns
     train.main()
     assert "finished before" in capsys.readouterr().out

@@ -338,6 +338,6 @@ def test_a_failed_save_leaves_the_old_checkpoint(make_run, monkeypatch):
     run.save()
     good = run.checkpoint.read_bytes()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(UserError, match="checkpoint.pt: cannot be written .disk full"):
+    with pytest.raises(UserError, match="checkpoint-00000000.pt: cannot be written .disk full"):
         run.save()
     assert run.checkpoint.read_bytes() == good and len(list(run.folder.iterdir())) == 1

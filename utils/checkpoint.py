@@ -2,15 +2,20 @@
 
 import io
 import json
+import os
+import sys
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from utils.cli import UserError
 from utils.device import out_of_memory
+from utils.files import write_atomic
 
 FORMAT = "oasis-diffusion-1"
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
@@ -48,6 +53,65 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, newest first."""
+    former = folder / "checkpoint.pt"  # older versions' name for the newest one
+    numbered = [path for path in folder.glob("checkpoint-*.pt") if path.stem[11:].isdigit()]
+    return [former] * former.exists() + sorted(
+        numbered, key=lambda path: int(path.stem[11:]), reverse=True)
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """Writes a dict of tensors and plain values that `read_checkpoint` reads, on any device.
+
+    Raises UserError if the file cannot be written or read back; it is then as it was.
+    """
+    buffer = io.BytesIO()
+    torch.save(tree_map_only(Tensor, Tensor.cpu, {"format": FORMAT, **content}), buffer)
+    data = buffer.getvalue()
+
+    def write(file) -> None:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # else it would be read back from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if Path(file.name).read_bytes() != data:
+            raise OSError("what is read back differs from what was written")
+    write_atomic(path, write)
+
+
+def newest_checkpoint(folder: Path) -> dict | None:
+    """The contents of the newest checkpoint that loads; None if the folder has none.
+
+    Newer ones that are damaged are renamed to NAME.damaged, with a warning. Raises Damaged if all
+    are, and renames none then. An older version's checkpoint.pt gets the name of its step.
+    """
+    damaged: list[Damaged] = []
+    paths = checkpoints(folder)
+    for path in paths:
+        try:
+            content = read_checkpoint(path)
+        except Damaged as error:
+            damaged.append(error)
+            continue
+        try:
+            for bad in paths[:len(damaged)]:
+                os.replace(bad, f"{bad}.damaged")
+                print(f"warning: {bad} is damaged; renamed to {bad.name}.damaged, continuing from "
+                      f"{path.name}, step {content['step']}", file=sys.stderr)
+            if path.name == "checkpoint.pt":
+                os.replace(path, folder / f"checkpoint-{content['step']:08d}.pt")
+                path.unlink(missing_ok=True)  # hard links to one file are not replaced
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); make it writable, or "
+                            "give another --run") from None
+        return content
+    if damaged:
+        raise damaged[0]
+    return None
+
+
 def read_safetensors(path: Path) -> dict:
     """The contents of a model.safetensors in the form of a checkpoint, on the CPU.
 
@@ -79,17 +143,17 @@ def find_model(name: str | Path, option: str = "--checkpoint") -> Path:
     Raises UserError if there is none, naming where was looked.
     """
     if name == "latest":
-        found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        found = [checkpoints(run)[0] for run in Path("runs").glob("*") if checkpoints(run)]
         if not found:
-            raise UserError(f"{option} latest: no runs/*/checkpoint.pt here; train first, or "
+            raise UserError(f"{option} latest: no runs/*/checkpoint-*.pt here; train first, or "
                             "give a run folder")
-        return found[-1]
+        return max(found, key=lambda path: path.stat().st_mtime)
     path = Path(name)
     if path.is_dir():
-        for file in ("checkpoint.pt", "model.safetensors"):
-            if (path / file).exists():
-                return path / file
-        raise UserError(f"{path}: holds neither checkpoint.pt nor model.safetensors; give a run "
+        for file in (*checkpoints(path), path / "model.safetensors"):
+            if file.exists():
+                return file
+        raise UserError(f"{path}: holds neither a checkpoint nor model.safetensors; give a run "
                         "folder of train.py")
     if not path.exists():
         raise UserError(f"{option} {path}: no such file or folder")
