@@ -51,7 +51,7 @@ from utils.device import (choose_dtype, describe_machine, keep_freed_memory, mem
                           out_of_memory)
 from utils.distributed import (from_first, join_processes, local_device, rank, together,
                                world_size)
-from utils.files import save_grid, write_atomic, write_csv, write_json
+from utils.files import append_csv, read_csv, save_grid, write_atomic, write_csv, write_json
 
 STARTED = time.monotonic()  # --max-hours counts from here
 LABEL_STREAM = 2**31  # a part of `step_seed` that is no rank's
@@ -330,7 +330,6 @@ class Run:
         self.step, self.saved_step, self.keep, self.auto_dtype = 0, 0, 1, False
         self.seconds = 0.0
         self.loss_sum, self.loss_count = torch.zeros((), device=device), 0
-        self.rows: list[dict] = []
 
     def initialise(self, path: Path) -> None:
         """Starts from the EMA weights of a model. Tensors of another name or shape, as where labels
@@ -561,7 +560,7 @@ class Run:
             "ema_short": self.ema_short.net.state_dict() if self.ema_short else {},
             "ema_updates": self.ema.num_updates, "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "step": self.step, "seconds": self.seconds,
-            "loss_sum": self.loss_sum, "loss_count": self.loss_count, "rows": self.rows,
+            "loss_sum": self.loss_sum, "loss_count": self.loss_count,
             "normalisation": "uint8 / 127.5 - 1",
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()}})
         self.saved_step = self.step
@@ -604,7 +603,7 @@ class Run:
         self.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
         self.scaler.load_state_dict(content["scaler"])
         self.step = self.saved_step = content["step"]
-        self.seconds, self.rows = content["seconds"], content["rows"]
+        self.seconds = content["seconds"]
         self.loss_sum, self.loss_count = content["loss_sum"].to(self.device), content["loss_count"]
 
     def _note_changes(self, step: int, stored: dict) -> None:
@@ -642,8 +641,10 @@ class Run:
         write_atomic(self.folder / f"{name}.safetensors", lambda file: file.write(content))
 
 
-def draw_losses(folder: Path, rows: list[dict]) -> None:
-    """Redraws loss.png: training and validation loss, and validation by timestep quartile."""
+def draw_losses(folder: Path) -> None:
+    """Draws loss.png from metrics.csv: training and validation loss, the latter by quartile of the
+    timestep as well."""
+    rows = read_csv(folder / "metrics.csv")
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     curves = [(left, "loss", "train", dict(color="0.7")),
@@ -652,7 +653,7 @@ def draw_losses(folder: Path, rows: list[dict]) -> None:
     curves += [(right, f"validation_{quartile}", f"t in [{index}/4, {index + 1}/4) of T",
                 dict(marker="o", ms=3)) for index, quartile in enumerate(QUARTILES)]
     for axes, name, label, how in curves:
-        points = [(row["step"], float(row[name])) for row in rows if row.get(name)]
+        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
         if points:
             axes.plot(*zip(*points), label=label, **how)
             axes.legend(frameon=False)
@@ -713,7 +714,11 @@ class Log:
     """One line of metrics.csv, and one of the log or the bar, per interval."""
 
     def __init__(self, run: Run, tensorboard: bool = False):
-        self.run, self.writer = run, None
+        self.run, self.writer, self.path = run, None, run.folder / "metrics.csv"
+        self.unwritten: list[dict] = []
+        self.validation = "-"
+        if rank() == 0:
+            self._cut_back()
         if tensorboard and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.step + 1)
@@ -749,13 +754,27 @@ class Log:
                "gradient_norm": f"{norm.item():.6g}", "images_per_second": f"{speed:.4g}",
                "memory_gib": f"{memory_gib(run.device):.3g}"}
         row |= {f"validation_{name}": f"{value:.6g}" for name, value in (validation or {}).items()}
-        run.rows.append(row)
-        run.attempt(write_csv, run.folder / "metrics.csv", COLUMNS, run.rows)
+        self.validation = row.get("validation_loss", self.validation)
+        self.unwritten.append(row)
+        run.attempt(self._append)
         if self.writer:
             run.attempt(self._write_events, row)
         run.loss_sum.zero_()
         run.loss_count = 0
         self._show(row, speed)
+
+    def _cut_back(self) -> None:
+        """Removes the rows beyond the checkpoint, and one that was not written completely."""
+        if self.path.exists():
+            rows = [row for row in read_csv(self.path) if row.get("step", "").isdigit()
+                    and int(row["step"]) <= self.run.step]
+            write_csv(self.path, COLUMNS, rows)
+            self.validation = next((row["validation_loss"] for row in rows[::-1]
+                                    if row.get("validation_loss")), "-")
+
+    def _append(self) -> None:
+        append_csv(self.path, COLUMNS, self.unwritten)
+        self.unwritten.clear()
 
     def _write_events(self, row: dict) -> None:
         for name, value in row.items():
@@ -763,9 +782,8 @@ class Log:
         self.writer.flush()
 
     def _show(self, row: dict, speed: float) -> None:
-        rows, steps = self.run.rows, self.run.config.steps
-        last = next((r["validation_loss"] for r in rows[::-1] if "validation_loss" in r), "-")
-        text = f"loss {row['loss']}  validation {last}  {speed:.3g} images/s"
+        steps = self.run.config.steps
+        text = f"loss {row['loss']}  validation {self.validation}  {speed:.3g} images/s"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             left = (steps - self.run.step) * self.run.config.batch_size / speed
@@ -790,7 +808,7 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
             if save:  # pictures first: once the checkpoint stands, they are not drawn again
                 picture = run.folder / "samples" / f"step_{run.step:07d}.png"
                 run.attempt(save_grid, run.sample(), picture, 4)
-                run.attempt(draw_losses, run.folder, run.rows)
+                run.attempt(draw_losses, run.folder)
                 run.attempt(run.save)
                 if run.step <= run.config.steps / 4:  # the last of them guides (Karras et al. 2024)
                     run.attempt(run.export, "guide")
@@ -891,12 +909,10 @@ def explain_out_of_memory(args: argparse.Namespace):
 
 
 def start(run: Run) -> None:
-    """Readies the folder: the configs, and no row or file of beyond the checkpoint."""
+    """Prepares the folder: writes the configs, and removes files that were left incomplete."""
     write_json(run.folder / "config.json", run.configs())
     for left_over in run.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
         left_over.unlink(missing_ok=True)
-    if run.rows:
-        write_csv(run.folder / "metrics.csv", COLUMNS, run.rows)
 
 
 def carry_out(args: argparse.Namespace) -> None:

@@ -56,13 +56,52 @@ def write_json(path: Path, values: dict) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[dict]) -> None:
-    """Writes rows as CSV, whole or not at all; what a row lacks stays empty."""
+def csv_bytes(columns: tuple[str, ...], rows: Iterable[dict], header: bool = True) -> bytes:
+    """Rows as CSV; what a row lacks stays empty."""
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, lambda file: file.write(table.getvalue().encode()))
+    return table.getvalue().encode()
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[dict]) -> None:
+    """Writes rows as CSV, whole or not at all."""
+    write_atomic(path, lambda file: file.write(csv_bytes(columns, rows)))
+
+
+def append_csv(path: Path, columns: tuple[str, ...], rows: Iterable[dict]) -> None:
+    """Appends rows to a CSV file, all or none; a new file starts with a header.
+
+    Raises UserError if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            data = csv_bytes(columns, rows, header=size == 0)
+            try:
+                if file.write(data) < len(data):
+                    raise OSError("no space left")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space "
+                        "or choose another folder") from None
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The complete rows of a CSV file without quotes; none if there is no such file."""
+    try:
+        header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except (OSError, ValueError):
+        return []
+    names = header.split(",")
+    return [dict(zip(names, line.split(","))) for line in lines
+            if line.count(",") == len(names) - 1]
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def loop_costs(size: int, device: torch.device) -> list[dict]:
                                                     log.write(norm, None)), 1000 / 50),
             "validation, 480 slices": (lambda: run.evaluate("validate"), per_save),
             "samples, 16 slices": (run.sample, per_save),
-            "loss.png": (lambda: draw_losses(run.folder, run.rows), per_save),
+            "loss.png": (lambda: draw_losses(run.folder), per_save),
             "checkpoint": (run.save, per_save),
             "EMA weights": (lambda: run.ema.update(run.net), 1000),
         }
