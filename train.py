@@ -7,8 +7,8 @@
 
 Everything goes to one run folder: the last checkpoint-STEP.pt, config.json, metrics.csv, loss.png,
 samples/ and, at the end, results.json and model.safetensors (the EMA weights in half
-precision). The same command again continues where the run stopped, on any number of processes:
-after Ctrl-C, SIGTERM, SIGUSR1 or --max-hours at that very step, else at the last checkpoint.
+precision). The same command continues a run, on any number of processes: from the step at which
+Ctrl-C, SIGTERM, SIGUSR1 or --max-hours stopped it, else from the last checkpoint.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -49,12 +48,12 @@ from utils.cli import (EVAL_SEED, Parser, UserError, checked, fraction, natural,
                        positive_int, run_cli, seed_number)
 from utils.device import (choose_dtype, describe_machine, keep_freed_memory, memory_gib,
                           out_of_memory)
-from utils.distributed import (from_first, join_processes, local_device, rank, together,
-                               world_size)
+from utils.distributed import (Stop, join_processes, local_device, on_all_ranks, on_rank_zero,
+                               rank, world_size)
 from utils.files import append_csv, read_csv, save_grid, write_atomic, write_csv, write_json
 
 STARTED = time.monotonic()  # --max-hours counts from here
-LABEL_STREAM = 2**31  # a part of `step_seed` that is no rank's
+LABEL_STREAM = 2**31  # the `part` of `step_seed` for labels; larger than any rank's
 QUARTILES = ("q1", "q2", "q3", "q4")
 COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUARTILES),
            "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
@@ -66,13 +65,13 @@ COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUART
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run is, beside its net and its diffusion; the fields are train.py's options.
+    """What defines a run besides its network and its diffusion; fields are train.py's options.
 
-    Stored in every checkpoint. On equal CPUs, two runs with equal configs are equal bit for bit.
-    When a run is continued, `steps` may grow, and `accumulate` and `data`, the folder's name, may
-    change, and `dtype` where it was chosen for the hardware; the slices, `data_crc32`, may not.
-    extended: for each change of `steps` under a cosine schedule, (the step it happened at, `steps`
-    before), so that the config differs from that of a run which had the last `steps` all along.
+    Stored in every checkpoint. On the same CPU, two runs with equal configs are bit-identical.
+    A continued run may have more `steps`, another `accumulate`, another `data` (the folder's name,
+    not the slices, which `data_crc32` identifies), and, with --dtype auto, another `dtype`.
+    extended: (step, previous `steps`) for each time that `steps` was changed under a cosine
+    schedule: such a run has other weights than one with the final `steps` from the start.
     """
 
     data: str
@@ -87,7 +86,7 @@ class TrainConfig:
     grad_clip: float
     seed: int
     dtype: str
-    # Every field that is added gets a default, with which older checkpoints are completed.
+    # Every new field has a default, which older checkpoints get.
     ema_length: float = 0.09
     ema_short: float = 0.0
     noise_distribution: str = "uniform"
@@ -99,7 +98,7 @@ class TrainConfig:
     extended: tuple = ()
 
 
-# Grounds for the numbers: README, "Training". Every preset folds 2x2 pixel blocks, so that the
+# Sources of the values: README, "Training". Every preset folds 2x2 pixel blocks, so that the
 # finest level of the 64-pixel net works at 32x32, the size of the CIFAR nets of Ho et al.
 COMMON = dict(attention_up_to=16, dropout=[0.0], patch_size=2, final_channels=0, schedule="cosine",
               noise_distribution="uniform", augment=0.0, condition=["height", "class"],
@@ -124,10 +123,10 @@ PRESETS = {
 }
 
 image_size = checked(lambda text: text if text == "native" else int(text),
-                    lambda v: v == "native" or v >= 1, "a number of pixels, nor native")
+                    lambda v: v == "native" or v >= 1, "a number of pixels or native")
 ema_length = checked(float, lambda v: 0.001 <= v <= 0.28, "a number from 0.001 to 0.28")
 
-# Every option: name, what it means with its unit, default (None: the preset's), and its type.
+# Options: name, help, default (None: from the preset), type or choices.
 OPTIONS = {
     "data and run": [
         ("data", "folder of slices (default: built-in phantoms)", None, Path),
@@ -136,74 +135,74 @@ OPTIONS = {
          tuple(PRESETS)),
         ("image-size", "side in pixels after square padding, or 'native' for the slices' own size",
          None, image_size),
-        ("cache", "where decoded slices are kept (default: ~/.cache/oasis-diffusion)", None, Path),
-        ("skip-bad", "go on without images that cannot be read or are no MR slices (default: off)",
+        ("cache", "folder for decoded slices (default: ~/.cache/oasis-diffusion)", None, Path),
+        ("skip-bad", "ignore images that cannot be read or are not MR slices (default: off)",
          False, bool),
-        ("few-levels", "accept images of few grey levels, which are else rejected as segmentation "
-         "maps (default: off)", False, bool),
-        ("augment", "probability of each of flip, rotation, scale, aspect and shift, of which the "
-         "net is told (0: off)", None, fraction),
-        ("condition", "what else the net is told: height in the head, class (cases.csv), or none; "
-         "what the data do not state is left out", None, ("height", "class", "none")),
-        ("label-dropout", "probability with which each of them is left out", 0.1, fraction),
-        ("init", "run folder or file whose EMA weights to start from, to fine-tune them (default: "
+        ("few-levels", "accept images with few grey levels, which otherwise are rejected as "
+         "segmentation maps (default: off)", False, bool),
+        ("augment", "probability of each of flip, rotation, scale, aspect and shift, on which the "
+         "network is conditioned (0: off)", None, fraction),
+        ("condition", "what else the network is conditioned on: height in the head, class (from "
+         "cases.csv), or none; ignored where the data lack it", None, ("height", "class", "none")),
+        ("label-dropout", "probability of dropping each of them", 0.1, fraction),
+        ("init", "run folder or file with EMA weights to start from, for fine-tuning (default: "
          "random weights)", None, str),
-        ("seed", "seed of weights, order, timesteps and noise", 0, seed_number),
+        ("seed", "seed of initial weights, order, timesteps and noise", 0, seed_number),
     ],
     "optimisation": [
-        ("steps", "optimiser steps in all", None, positive_int),
-        ("batch-size", "slices per step, of all processes together", None, positive_int),
-        ("accumulate", "pieces that each process works its share off in, to save memory", 1,
+        ("steps", "total number of optimiser steps", None, positive_int),
+        ("batch-size", "slices per step, over all processes", None, positive_int),
+        ("accumulate", "micro-batches per step on each process; more need less memory", 1,
          positive_int),
         ("learning-rate", "AdamW's peak learning rate", None, positive_float),
         ("warmup-steps", "steps of linear warm-up", 200, natural),
-        ("lr-schedule", "after the warm-up: down to zero at the last step, or constant", "cosine",
+        ("lr-schedule", "after the warm-up: cosine decay to zero, or constant", "cosine",
          ("cosine", "constant")),
-        ("weight-decay", "AdamW's weight decay, per step and unit of learning rate", 0.0, fraction),
-        ("grad-clip", "largest gradient norm", 1.0, positive_float),
+        ("weight-decay", "AdamW's weight decay", 0.0, fraction),
+        ("grad-clip", "maximum gradient norm", 1.0, positive_float),
         ("ema-length", "length of the EMA, as a fraction of the training so far", 0.09, ema_length),
         ("ema-short", "length of a second, shorter EMA (0: none)", None, fraction),
     ],
     "diffusion and net": [
-        ("schedule", "noise schedule; cosine-shifted is shifted for the image size", None,
+        ("schedule", "noise schedule; cosine-shifted is shifted according to the image size", None,
          SCHEDULES),
         ("noise-distribution", "noise levels in training: uniform in the timestep, or log-normal "
          "in sigma", None, ("uniform", "log-normal")),
-        ("p-mean", "mean of ln sigma, for 64 pixels; moves along with cosine-shifted", -1.2, float),
+        ("p-mean", "mean of ln sigma at 64 pixels; cosine-shifted shifts it too", -1.2, float),
         ("p-std", "standard deviation of ln sigma", 1.2, positive_float),
-        ("prediction-type", "what the net predicts", "v_prediction",
+        ("prediction-type", "what the network predicts", "v_prediction",
          ("epsilon", "v_prediction", "sample")),
-        ("num-train-timesteps", "noise levels", 1000, positive_int),
+        ("num-train-timesteps", "number of noise levels", 1000, positive_int),
         ("block-out-channels", "channels of each level, multiples of 32", None, positive_int),
         ("layers-per-block", "residual blocks per level", None, positive_int),
-        ("attention-up-to", "self-attention on feature maps of this side or less", None, natural),
-        ("dropout", "dropout probability in the residual blocks, one or one for each level", None,
+        ("attention-up-to", "self-attention on feature maps up to this side", None, natural),
+        ("dropout", "dropout probability in the residual blocks: one value, or one per level", None,
          fraction),
-        ("patch-size", "side in pixels of the blocks folded into channels", None, positive_int),
-        ("final-channels", "channels of a last convolution at full resolution (0: none)", None,
+        ("patch-size", "side in pixels of the patches folded into channels", None, positive_int),
+        ("final-channels", "channels of a final convolution at full resolution (0: none)", None,
          natural),
     ],
     "machine": [
-        ("device", "cuda, cuda:1, mps or cpu; auto is the fastest here", "auto", str),
-        ("dtype", "type the network computes in; auto is bfloat16 where the hardware has it",
+        ("device", "cuda, cuda:1, mps or cpu; auto is the fastest available", "auto", str),
+        ("dtype", "precision of the network; auto is bfloat16 where the hardware supports it",
          "auto", ("auto", "float32", "bfloat16", "float16")),
-        ("compile", "torch.compile the network (default: off; needs a compiler, and one to two "
-         "minutes at start)", False, bool),
+        ("compile", "torch.compile the network (default: off; needs a compiler, and takes one "
+         "to two minutes at the start)", False, bool),
         ("log-every", "steps between lines of metrics.csv", 50, positive_int),
         ("save-every", "steps between validation, samples and checkpoint", None, positive_int),
-        ("keep", "checkpoints to keep beside the newest, to fall back on", 1, positive_int),
-        ("max-hours", "save and end before so long (default: no limit)", None, positive_float),
-        ("tensorboard", "write RUN/tensorboard as well (default: off)", False, bool),
+        ("keep", "older checkpoints to keep besides the newest", 1, positive_int),
+        ("max-hours", "save and stop within this time (default: no limit)", None, positive_float),
+        ("tensorboard", "also write RUN/tensorboard (default: off)", False, bool),
     ],
 }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, with the preset's values where none are given."""
+    """Parses the options; those not given get the preset's values."""
     parser = Parser(
         description="Trains a denoising diffusion model of brain MRI slices.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="presets (the defaults of the options that name none):\n" + "\n".join(
+        epilog="presets (defaults of the options above that show none):\n" + "\n".join(
             f"  {name:6s}" + ", ".join(f"{k} {v}" for k, v in preset.items())
             for name, preset in PRESETS.items()))
     for title, options in OPTIONS.items():
@@ -226,7 +225,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_labels(args: argparse.Namespace, train: Slices) -> LabelConfig:
-    """What the net is told, of what the train split states: one scale of heights for all splits."""
+    """What the network is conditioned on; all splits use the range of heights of train."""
     low, high = float(train.numbers.min()), float(train.numbers.max())
     classes = sorted(set(train.classes) - {""})
     return LabelConfig(
@@ -238,9 +237,9 @@ def make_labels(args: argparse.Namespace, train: Slices) -> LabelConfig:
 def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.device,
                  data_crc32: int, labels: LabelConfig = LabelConfig()
                  ) -> tuple[UNetConfig, SchedulerConfig, LabelConfig, TrainConfig]:
-    """The configs of a run from its options, the slices' (H, W), checksum and labels.
+    """Builds a run's configs from its options, the slices' (H, W), their checksum and the labels.
 
-    Raises UserError for values that do not go together, naming the option.
+    Raises UserError for options that contradict each other.
     """
     if args.batch_size % (args.accumulate * world_size()):
         processes = f" times {world_size()} processes" if world_size() > 1 else ""
@@ -250,7 +249,7 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
         unet = UNetConfig(
             sample_size=size, block_out_channels=args.block_out_channels,
             layers_per_block=args.layers_per_block, attention_resolutions=(),
-            # A group of one channel would normalise the timestep embedding away.
+            # Normalising a group of one channel would remove the timestep embedding.
             norm_num_groups=32 if min(args.block_out_channels) >= 64 else 8,
             dropout=args.dropout[0] if len(args.dropout) == 1 else args.dropout,
             patch_size=args.patch_size, label_dim=labels.dim, final_channels=args.final_channels)
@@ -275,12 +274,12 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
 
 
 def step_seed(seed: int, step: int, part: int = 0) -> int:
-    """One 32-bit seed out of (seed, step, part), well mixed."""
+    """A 32-bit seed, hashed from (seed, step, part)."""
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1)[0])
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of a step: linear warm-up, then half a cosine to zero, or constant."""
+    """Learning rate of a step: linear warm-up, then cosine decay to zero, or constant."""
     warm_up = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.lr_schedule == "constant":
         return config.learning_rate * warm_up
@@ -289,12 +288,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def draw_timesteps(count: int, cdf: Tensor) -> Tensor:
-    """(count,) timesteps from a cumulative distribution, float32 (T,), in rising order: one from
-    each of `count` equal parts of its probability.
+    """Draws (count,) timesteps in ascending order from a cumulative distribution, float32 (T,).
 
-    Each timestep is as likely as by independent draws, and the loss varies less from step to
-    step (the low-discrepancy sampler of Kingma et al. 2021). The slices' order is random, so
-    that of the timesteps need not be.
+    One is drawn from each of `count` intervals of equal probability: the loss varies less from
+    step to step than with independent draws, at the same distribution (low-discrepancy sampler,
+    Kingma et al. 2021). The order may be ascending because the order of the slices is random.
     """
     device = cdf.device
     places = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
@@ -302,14 +300,14 @@ def draw_timesteps(count: int, cdf: Tensor) -> Tensor:
 
 
 class Run:
-    """A training run: its net, EMA model, optimiser, data and folder."""
+    """A training run: network, EMA model, optimiser, data and folder."""
 
     def __init__(self, folder: Path, unet: UNetConfig, scheduler: SchedulerConfig,
                  labels: LabelConfig, config: TrainConfig, data: dict[str, Slices],
                  device: torch.device, compile_net: bool = False):
         self.folder, self.config, self.data, self.device = folder, config, data, device
         self.scheduler, self.labels = NoiseScheduler(scheduler), labels
-        # A shift of the log signal-to-noise ratio moves ln sigma by half of it.
+        # Shifting the log signal-to-noise ratio by s shifts ln sigma by -s/2.
         self.timestep_cdf = self.scheduler.timestep_cdf(
             None if config.noise_distribution == "uniform"
             else config.p_mean - scheduler.log_snr_shift / 2, config.p_std).float().to(device)
@@ -317,7 +315,7 @@ class Run:
         self.net = UNet(unet).to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.net, config.ema_length)
         self.ema_short = EMA(self.net, config.ema_short) if config.ema_short else None
-        self.wrapped = torch.compile(self.net) if compile_net else self.net  # what trains `net`
+        self.wrapped = torch.compile(self.net) if compile_net else self.net
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
             fused=device.type in ("cpu", "cuda"))
@@ -325,17 +323,16 @@ class Run:
         if world_size() > 1:
             self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.deferred = device.type == "cuda"  # numbers are looked at when the GPU is waited for
-        self.bad, self.skipped = torch.zeros(3, device=device), torch.zeros((), device=device)
+        self.bad = torch.zeros(3, device=device)  # first step with bad numbers, its loss and norm
         self.step, self.saved_step, self.keep, self.auto_dtype = 0, 0, 1, False
         self.seconds = 0.0
         self.loss_sum, self.loss_count = torch.zeros((), device=device), 0
 
     def initialise(self, path: Path) -> None:
-        """Starts from the EMA weights of a model. Tensors of another name or shape, as where labels
-        are added or the image size changes, keep their random values; one line names them.
+        """Starts from the EMA weights of a model, for fine-tuning.
 
-        Raises UserError if the file is damaged, or less than half of the tensors fit.
+        Tensors whose name or shape differs, because labels or the image size do, keep their random
+        values and are listed. Raises UserError if the file is damaged or fewer than half fit.
         """
         ours, theirs = self.net.state_dict(), read_model(path)["ema"]
         fitting = {name: tensor for name, tensor in theirs.items()
@@ -355,17 +352,16 @@ class Run:
 
     # Training ----------------------------------------------------------------------------
 
-    def loss(self, step: int, share: int = 0, shares: int = 1) -> Tensor:
-        """Mean squared error of a share of a step's batch (Ho et al., algorithm 1), a scalar.
+    def loss(self, step: int, part: int = 0, parts: int = 1) -> Tensor:
+        """Mean squared error of micro-batch `part` of a step (Ho et al., algorithm 1), a scalar.
 
-        Every `shares`-th slice from `share` on, since the timesteps are in order.
-
-        Slices, augmentation, labels, timesteps and noise of the whole batch depend on (seed, step)
-        alone: it is the same batch in however many shares. Dropout depends on the share as well.
+        A micro-batch is every `parts`-th slice of the batch from `part` on: timesteps ascend, so
+        that contiguous parts would differ in noise. Slices, augmentation, labels, timesteps and
+        noise depend on (seed, step) alone, not on `parts`; dropout depends on `part` too.
         """
         config, train = self.config, self.data["train"]
         count = config.batch_size
-        mine = slice(share, count, shares)
+        mine = slice(part, count, parts)
         indices = batch_indices(len(train), count, config.seed, step)[mine]
         images, labels = train[indices], None
         if self.labels.dim:
@@ -373,17 +369,17 @@ class Run:
         torch.manual_seed(step_seed(config.seed, step))
         timesteps = draw_timesteps(count, self.timestep_cdf)[mine]
         noise = torch.randn(count, *images.shape[1:], device=self.device)[mine]
-        if shares > 1:
-            torch.manual_seed(step_seed(config.seed, step, 1 + share))
+        if parts > 1:
+            torch.manual_seed(step_seed(config.seed, step, 1 + part))
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         target = self.scheduler.training_target(images, noise, timesteps)
         return F.mse_loss(run_net(self.wrapped, noisy, timesteps, self.dtype, labels), target)
 
     def label(self, images: Tensor, indices: np.ndarray, step: int, mine: slice
               ) -> tuple[Tensor, Tensor]:
-        """Part of a step's batch, augmented, and its labels, of which some are dropped.
+        """Augments a micro-batch and encodes its labels, some of which are dropped.
 
-        All of it depends on (seed, step) alone: random numbers are drawn for the whole batch.
+        Random numbers are drawn for the whole batch, so that they depend on (seed, step) alone.
         """
         config, count = self.config, self.config.batch_size
         generator = torch.Generator().manual_seed(step_seed(config.seed, step, LABEL_STREAM))
@@ -398,7 +394,7 @@ class Run:
                                           parameters)
 
     def heights_and_classes(self, split: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B,) heights in the head and (B,) class indices, -1 for none, on the CPU."""
+        """Heights in the head, (B,), and class indices, (B,), -1 for none, on the CPU."""
         data, names = self.data[split], list(self.labels.classes)
         low, high = self.labels.height_range or (0.0, 1.0)
         heights = torch.from_numpy((data.numbers[indices] - low) / (high - low))
@@ -406,10 +402,10 @@ class Run:
                                       for c in (data.classes[i] for i in indices)])
 
     def backward(self) -> Tensor:
-        """Leaves the gradient of the coming step's batch; returns the loss, of all processes."""
+        """Computes the gradient of the next step's batch; returns its loss over all ranks."""
         accumulate, total = self.config.accumulate, torch.zeros((), device=self.device)
         for micro in range(accumulate):
-            silent = world_size() > 1 and micro < accumulate - 1  # only the last one is averaged
+            silent = world_size() > 1 and micro < accumulate - 1  # gradients are averaged once
             with self.wrapped.no_sync() if silent else contextlib.nullcontext():
                 loss = self.loss(self.step, rank() * accumulate + micro, accumulate * world_size())
                 self.scaler.scale(loss / accumulate).backward()
@@ -421,18 +417,14 @@ class Run:
     def train_step(self) -> Tensor:
         """One optimiser step; returns the gradient norm before clipping, left on the device.
 
-        Numbers that are not finite touch no weight: `check` raises, here or later, see `watch`.
+        Does not wait for a GPU: call `check` before the weights are used or saved.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         loss = self.backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
-        self.watch(loss, norm)
-        if self.deferred:  # the scaler's own step would put its flag in the place of watch's
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # in float16, skips a step whose gradient overflows
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.net)
@@ -441,28 +433,23 @@ class Run:
         self.loss_sum += loss
         self.loss_count += 1
         self.step += 1
+        finite = loss.isfinite() & (norm.isfinite() | self.scaler.is_enabled())
+        now = torch.stack([torch.full_like(loss, self.step), loss, norm])
+        self.bad = torch.where(finite | (self.bad[0] > 0), self.bad, now)
         return norm
 
-    def watch(self, loss: Tensor, norm: Tensor) -> None:
-        """Notes the first step whose numbers are bad, and stops there. On a GPU, the host does
-        not wait for them: the fused optimiser reads `found_inf` there, and leaves the weights
-        alone from that step on.
-
-        In float16, gradients overflow until the scaler has found its scale; 20 times in a row,
-        from 65536 down to below 1, it is not the scale.
-        """
-        self.skipped = (self.skipped + 1) * ~torch.isfinite(norm)
-        bad = ~torch.isfinite(loss) | (self.skipped > (20 if self.scaler.is_enabled() else 0))
-        now = torch.stack([torch.full_like(loss, self.step + 1), loss, norm])
-        self.bad = torch.where(bad & (self.bad[0] == 0), now, self.bad)
-        if self.deferred:
-            self.optimizer.found_inf = ((self.bad[0] > 0) | (self.skipped > 0)).float()
-        else:
-            self.check()
-
     def check(self) -> None:
-        """Raises UserError if loss or gradient were not finite at a step, naming its slices."""
+        """Raises UserError if loss or gradient were not finite at a step since the last check.
+
+        The weights are lost then, and must not be saved. In float16, a gradient may overflow until
+        the scaler has found its scale: it fails if no scale of 1 or more is small enough.
+        """
         step, loss, norm = self.bad.tolist()
+        if not step and self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise UserError(
+                f"step {self.step}: gradients overflow in float16 at every loss scale; the last "
+                f"good checkpoint is of step {self.saved_step}; start again in another --run with "
+                "a smaller --learning-rate or --dtype float32")
         if not step:
             return
         train, count = self.data["train"], self.config.batch_size
@@ -478,11 +465,11 @@ class Run:
 
     @torch.inference_mode()
     def evaluate(self, split: str) -> dict[str, float]:
-        """Loss of the EMA model on a split: the mean, and by quartile of the timestep.
+        """Loss of the EMA model on a split: mean, and mean by quartile of the timestep.
 
-        Every slice has its own fixed noise and timestep (several, if there are few slices), and
-        the timesteps are spread evenly over [0, T): two evaluations differ by the weights alone.
-        Processes share the batches out, which are the same however many they are.
+        Each slice has a fixed noise and timestep (several if there are few slices), with timesteps
+        evenly spaced over [0, T): two evaluations differ in the weights alone. The batches are
+        distributed over the ranks and do not depend on their number.
         """
         data, total = self.data[split], self.scheduler.config.num_train_timesteps
         count = len(data) * -(-64 // len(data))
@@ -508,9 +495,9 @@ class Run:
         return {"loss": losses.mean().item(), **parts}
 
     def sample(self, num: int = 16, sampler: SamplerConfig = QUALITY["default"]) -> Tensor:
-        """Slices of the EMA model from the seeds 0 to num - 1, the same at every call.
+        """Samples slices from seeds 0 to num - 1 with the EMA model, the same seeds each time.
 
-        Processes share the seeds out; the last may draw some twice.
+        Seeds are distributed over the ranks; the last rank may repeat some.
         """
         config, each = self.net.config, -(-num // world_size())
         seeds = [min(rank() * each + place, num - 1) for place in range(each)]
@@ -529,30 +516,21 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """The newest one."""
+        """The newest checkpoint."""
         return next(iter(checkpoints(self.folder)), self.folder / "checkpoint-*.pt")
 
     def parts(self) -> dict[str, object]:
-        """The dataclasses that rebuild the run."""
+        """The configs from which the run can be rebuilt."""
         return {"unet": self.net.config, "scheduler": self.scheduler.config, "labels": self.labels,
                 "train": self.config}
 
     def configs(self) -> dict[str, dict]:
         return {part: asdict(config) for part, config in self.parts().items()}
 
-    def attempt(self, write: Callable, *args) -> None:
-        """Writes, in the first process; a failure is told, and training goes on."""
-        try:
-            if rank() == 0:
-                write(*args)
-        except (UserError, OSError) as error:
-            print(f"warning: {error}; training goes on, and the next save tries again",
-                  file=sys.stderr)
-
     def save(self) -> None:
-        """Writes checkpoint-STEP.pt; the last `keep` before it stay.
+        """Writes checkpoint-STEP.pt and keeps the `keep` checkpoints before it.
 
-        Raises UserError if it cannot be written or read back; nothing has changed then.
+        Raises UserError if it cannot be written and read back; nothing is changed then.
         """
         write_checkpoint(self.folder / f"checkpoint-{self.step:08d}.pt", {
             **self.configs(),
@@ -569,11 +547,11 @@ class Run:
                 old.unlink()
 
     def resume(self) -> None:
-        """Takes up the run in its folder, if there is one.
+        """Loads the newest checkpoint of the folder, if there is one.
 
-        Raises UserError if that is another configuration, further than `steps`, or damaged.
+        Raises UserError if its config differs, its step is beyond `steps`, or it is damaged.
         """
-        content = from_first(lambda: newest_checkpoint(self.folder))
+        content = on_all_ranks(lambda: newest_checkpoint(self.folder), first=True)
         if content is None:
             return
         stored = {part: content.get(part, {}) for part in self.parts()}
@@ -586,7 +564,7 @@ class Run:
                    and f.name not in may_change]
         if changed:
             raise UserError(f"{self.folder}: holds another run ({'; '.join(changed)}); give those "
-                            "values again, or another --run")
+                            "values, or another --run")
         if content["step"] > self.config.steps:
             raise UserError(f"--steps {self.config.steps}: {self.folder} is at step "
                             f"{content['step']} already; give more, or another --run")
@@ -598,7 +576,7 @@ class Run:
         if self.ema_short:
             self.ema_short.net.load_state_dict(content["ema_short"])
             self.ema_short.num_updates = content["ema_updates"]
-        # With its own groups: those of a device without a fused optimiser know no found_inf.
+        # The optimiser's own groups: they say whether it is fused, which depends on the device.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
         self.scaler.load_state_dict(content["scaler"])
@@ -607,12 +585,11 @@ class Run:
         self.loss_sum, self.loss_count = content["loss_sum"].to(self.device), content["loss_count"]
 
     def _note_changes(self, step: int, stored: dict) -> None:
-        """Says, in a line each, how a continued run differs from now on, and records other steps.
-        """
+        """Prints what changes in a continued run, and records a change of `steps`."""
         config, extended = self.config, tuple(stored.get("extended", ()))
         if config.dtype != stored["dtype"]:
             print(f"{self.folder}: computes in {config.dtype} from step {step} on, before in "
-                  f"{stored['dtype']}: --dtype auto is what is fast on this hardware", flush=True)
+                  f"{stored['dtype']}: --dtype auto depends on the hardware", flush=True)
         if step and config.lr_schedule == "cosine" and config.steps != stored["steps"]:
             before = replace(config, steps=stored["steps"])
             rates = [learning_rate(each, step) for each in (before, config)]
@@ -623,7 +600,7 @@ class Run:
         self.config = replace(config, extended=extended)
 
     def _check_shapes(self, content: dict) -> None:
-        """Raises ValueError unless every tensor fits, before the first is loaded."""
+        """Raises ValueError unless all tensors have the right shapes."""
         wanted = {name: tensor.shape for name, tensor in self.net.state_dict().items()}
         shapes = [parameter.shape for parameter in self.net.parameters()]
         if any({name: tensor.shape for name, tensor in content[part].items()} != wanted
@@ -633,7 +610,7 @@ class Run:
             raise ValueError("its tensors do not fit its configuration")
 
     def export(self, name: str = "model", ema: EMA | None = None) -> None:
-        """Writes NAME.safetensors: EMA weights in half precision, their configs as metadata."""
+        """Writes NAME.safetensors: EMA weights in half precision, with the configs as metadata."""
         tensors = {name: tensor.half().contiguous().cpu()
                    for name, tensor in (ema or self.ema).net.state_dict().items()}
         metadata = {key: json.dumps(value) for key, value in self.configs().items()}
@@ -669,49 +646,8 @@ def draw_losses(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class Stop(contextlib.AbstractContextManager):
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a wish to stop; a second SIGINT stops."""
-
-    REASONS = ("", "SIGINT", "SIGTERM", "SIGUSR1", "--max-hours")
-
-    def __init__(self, hours: float = math.inf):
-        self.deadline, self.wish, self.reason = STARTED + 3600 * hours, 0, ""
-        self.work, self.ballot = None, torch.tensor(0)
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._catch) for number in
-                       (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def _catch(self, number: int, frame) -> None:
-        self.wish = self.REASONS.index(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def agreed(self, room: float) -> bool:
-        """Whether to stop before the coming step, with `room` seconds kept for saving.
-
-        Several processes count their wishes while the step runs and all hear the result before
-        the next one: they stop at the same step, and neither host nor card has waited.
-        """
-        if not self.wish and time.monotonic() + room > self.deadline:
-            self.wish = self.REASONS.index("--max-hours")
-        heard = self.wish
-        if world_size() > 1:
-            if self.work:
-                self.work.wait()
-            heard = int(self.ballot)  # the vote of the step before
-            self.ballot = torch.tensor(self.wish)
-            self.work = dist.all_reduce(self.ballot, dist.ReduceOp.MAX, async_op=True)
-        self.reason = self.REASONS[heard]
-        return heard > 0
-
-
 class Log:
-    """One line of metrics.csv, and one of the log or the bar, per interval."""
+    """Writes a row of metrics.csv, and a line of the log or the bar, per interval."""
 
     def __init__(self, run: Run, tensorboard: bool = False):
         self.run, self.writer, self.path = run, None, run.folder / "metrics.csv"
@@ -727,25 +663,25 @@ class Log:
         self.first, self.longest, self.paused = run.step, 0.0, time.monotonic()
         self.restart()
 
-    def room(self) -> float:
-        """Seconds to keep for the end: a minute, and twice what validating and saving took so
-        far. None before the first step, so that every start gets on."""
+    def reserve(self) -> float:
+        """Seconds to keep for the end: a minute and twice the longest validation and save so far;
+        none before the first step, so that every start makes progress."""
         return 60 + 2 * self.longest if self.run.step > self.first else -math.inf
 
     def pause(self) -> None:
-        """Ends a stretch of training, whose time counts as the run's, and looks at its numbers."""
+        """Ends a stretch of training, adds its time to the run's, and checks its numbers."""
         self.run.check()  # waits for the device
         self.paused = time.monotonic()
         self.stretch = self.paused - self.since
         self.run.seconds += self.stretch
 
     def restart(self) -> None:
-        """Begins one, after what else was to be done, such as validation."""
+        """Begins a stretch of training, after validation or saving."""
         self.since, self.at_step = time.monotonic(), self.run.step
         self.longest = max(self.longest, self.since - self.paused)
 
     def write(self, norm: Tensor, validation: dict[str, float] | None) -> None:
-        """Closes the interval."""
+        """Writes the interval's row; `norm` is the last gradient norm."""
         run = self.run
         loss = run.loss_sum.item() / run.loss_count
         speed = (run.step - self.at_step) * run.config.batch_size / max(1e-9, self.stretch)
@@ -756,9 +692,9 @@ class Log:
         row |= {f"validation_{name}": f"{value:.6g}" for name, value in (validation or {}).items()}
         self.validation = row.get("validation_loss", self.validation)
         self.unwritten.append(row)
-        run.attempt(self._append)
+        on_rank_zero(self._append)
         if self.writer:
-            run.attempt(self._write_events, row)
+            on_rank_zero(self._write_events, row)
         run.loss_sum.zero_()
         run.loss_count = 0
         self._show(row, speed)
@@ -793,11 +729,13 @@ class Log:
 
 def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
           tensorboard: bool = False) -> bool:
-    """The loop. Returns whether the run is finished; else it was asked to stop, and is saved.
-    Raises UserError for numbers that are not finite."""
+    """Trains up to the last step and returns True, or until asked to stop and returns False.
+
+    Raises UserError if the loss or the gradient is not finite.
+    """
     log = Log(run, tensorboard)
-    with Stop(hours) as stop:
-        while run.step < run.config.steps and not stop.agreed(log.room()):
+    with Stop(STARTED + 3600 * hours) as stop:
+        while run.step < run.config.steps and not stop.agreed(log.reserve()):
             norm = run.train_step()
             log.bar.update()
             save = run.step % save_every == 0 or run.step == run.config.steps
@@ -805,17 +743,17 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
                 continue
             log.pause()
             log.write(norm, run.evaluate("validate") if save and "validate" in run.data else None)
-            if save:  # pictures first: once the checkpoint stands, they are not drawn again
+            if save:  # images first: they are not drawn again once the checkpoint exists
                 picture = run.folder / "samples" / f"step_{run.step:07d}.png"
-                run.attempt(save_grid, run.sample(), picture, 4)
-                run.attempt(draw_losses, run.folder)
-                run.attempt(run.save)
+                on_rank_zero(save_grid, run.sample(), picture, 4)
+                on_rank_zero(draw_losses, run.folder)
+                on_rank_zero(run.save)
                 if run.step <= run.config.steps / 4:  # the last of them guides (Karras et al. 2024)
-                    run.attempt(run.export, "guide")
+                    on_rank_zero(run.export, "guide")
             log.restart()
         if stop.reason and run.step != run.saved_step:
             log.pause()
-            run.attempt(run.save)
+            on_rank_zero(run.save)
     log.bar.close()
     if stop.reason:
         print(f"stopped by {stop.reason} after step {run.step}; the same command continues",
@@ -824,7 +762,7 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
 
 
 def finish(run: Run) -> None:
-    """Tests once, on the people kept for it, and writes results.json and model.safetensors."""
+    """Evaluates on validate and test, and writes results.json and model.safetensors."""
     results = {"steps": run.step, "images_seen": run.step * run.config.batch_size,
                "seconds": round(run.seconds), "hardware": describe_machine(run.device),
                "processes": world_size(),
@@ -842,7 +780,7 @@ def finish(run: Run) -> None:
 
 
 def finished(run: Run) -> bool:
-    """Whether the run's results, for these steps, are written already."""
+    """Whether results.json exists for this number of steps."""
     try:
         text = (run.folder / "results.json").read_text(encoding="utf-8")
         return json.loads(text)["steps"] == run.config.steps
@@ -851,27 +789,27 @@ def finished(run: Run) -> bool:
 
 
 def prepare(args: argparse.Namespace) -> Run:
-    """The run that the options mean, at the step where its folder stands.
+    """Builds the run of the options, and resumes it if its folder has a checkpoint.
 
-    Raises UserError for options, data or a folder that do not do, before anything is written.
+    Raises UserError for invalid options, data or folder, before anything is written.
     """
     device = local_device(args.device)
-    # What a GPU's kernels are started by is written in C.
+    # For a GPU, torch.compile generates C code that launches the kernels.
     compilers = ("g++", "c++") if device.type == "cpu" else (os.environ.get("CC", "gcc"), "clang")
     if args.compile and not any(map(shutil.which, compilers)):
-        raise UserError(f"--compile: no compiler ({compilers[0]}) here; install one, or leave it "
-                        "out")
+        raise UserError(f"--compile: no compiler ({compilers[0]}) found; install one, or omit "
+                        "the option")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard: the package is missing; pip install tensorboard, or leave "
-                        "it out (metrics.csv holds the same)")
+        raise UserError("--tensorboard: the package is missing; pip install tensorboard, or omit "
+                        "the option (metrics.csv has the same values)")
     size = None if args.image_size == "native" else args.image_size
     if size is not None:
         make_configs(args, (size, size), device, 0)  # rejects before hours of decoding
-    # A machine's first process decodes them, before the others read its cache.
+    # The first process of each machine decodes the slices; the others then read its cache.
     load = partial(load_splits, args.data, size, args.cache, args.skip_bad,
                    args.few_levels)
-    loaded = together(load if os.environ.get("LOCAL_RANK", "0") == "0" else lambda: None)
-    loaded = together(lambda: loaded or load())
+    loaded = on_all_ranks(load if os.environ.get("LOCAL_RANK", "0") == "0" else lambda: None)
+    loaded = on_all_ranks(lambda: loaded or load())
     images, count = loaded["train"].images, len(loaded["train"].images)
     data = {name: Slices(split.images, split.names, device, split.people, split.classes)
             for name, split in loaded.items()}
@@ -879,7 +817,7 @@ def prepare(args: argparse.Namespace) -> Run:
     configs = make_configs(args, images.shape[1:], device, loaded["train"].crc32, labels)
     if count < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {count} slices in "
-                        "train; give less")
+                        "train; give a smaller one")
     folder = args.run or Path("runs") / f"{configs[-1].data}-{args.preset}"
     run = Run(folder, *configs, data, device, args.compile)
     run.keep, run.auto_dtype = args.keep, args.dtype == "auto"
@@ -891,21 +829,8 @@ def prepare(args: argparse.Namespace) -> Run:
         raise UserError(f"{run.checkpoint}: is damaged ({str(error).splitlines()[0]}); give "
                         "another --run") from None
     if args.init and run.step == 0:
-        together(lambda: run.initialise(find_model(args.init, "--init")))
+        on_all_ranks(lambda: run.initialise(find_model(args.init, "--init")))
     return run
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(args: argparse.Namespace):
-    """Says what to give instead; the same batch in more pieces takes less memory at a time."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(f"out of memory with --batch-size {args.batch_size} --accumulate "
-                        f"{args.accumulate}; give a larger --accumulate (the run goes on where it "
-                        "was), or a smaller --batch-size or --image-size") from None
 
 
 def start(run: Run) -> None:
@@ -916,19 +841,19 @@ def start(run: Run) -> None:
 
 
 def carry_out(args: argparse.Namespace) -> None:
-    """Takes up the run that the options mean, or begins it, and brings it to its end."""
-    run = together(lambda: prepare(args))
+    """Starts or continues the run of the options, and finishes it."""
+    run = on_all_ranks(lambda: prepare(args))
     folder = run.folder
     print(f"{folder}: step {run.step} of {run.config.steps}, {len(run.data['train'])} slices "
           f"of {'x'.join(map(str, run.net.config.sample_size))}, "
           f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.1f} M parameters, "
           f"{run.config.dtype} on {run.device}"
           + (f" and {world_size() - 1} more" if world_size() > 1 else ""), flush=True)
-    if from_first(lambda: run.step == run.config.steps and finished(run)):
-        print("finished before; give more --steps to go on")
+    if on_all_ranks(lambda: run.step == run.config.steps and finished(run), first=True):
+        print("finished before; give more --steps to continue")
         return
-    from_first(lambda: start(run))
-    done = together(lambda: train(run, args.log_every, args.save_every,
+    on_all_ranks(lambda: start(run), first=True)
+    done = on_all_ranks(lambda: train(run, args.log_every, args.save_every,
                                   args.max_hours or math.inf, args.tensorboard))
     if done:
         finish(run)
@@ -946,12 +871,11 @@ def main() -> None:
         raise UserError("train.py needs Linux or macOS; on Windows, run it in WSL")
     join_processes()
     keep_freed_memory()
-    args = together(parse_args)
-    with explain_out_of_memory(args):
-        carry_out(args)
+    args = on_all_ranks(parse_args)
+    carry_out(args)
     if dist.is_initialized():
-        # What uses the group has to go first: its last user, if that is not the line below, waits
-        # for the group's threads and keeps from them the interpreter's lock that they wait for.
+        # Objects that use the group must be deleted first: if one of them is the group's last user,
+        # it waits for the group's threads while it holds the interpreter lock that they need.
         gc.collect()
         dist.destroy_process_group()
 

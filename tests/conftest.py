@@ -46,6 +46,9 @@ def call(script, *args, cwd):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `pytest -m gpu` runs these alone")
+    config.addinivalue_line("markers", "long: not run unless -m or -k chooses it; `pytest -m long`")
+    if not (config.option.markexpr or config.option.keyword):
+        config.option.markexpr = "not long"
 
 
 @pytest.fixture(autouse=True)

@@ -305,6 +305,7 @@ def test_one_copy_among_unseen_slices_is_named(reference):
     assert verdict.copies == [100] and verdict.convicted
 
 
+@pytest.mark.long
 def test_unseen_subjects_are_acquitted_at_the_stated_rate(reference):
     """20 random halvings: one half sets the threshold, the other is judged."""
     null, groups = reference.null.pixels, reference.unseen.groups
@@ -361,6 +362,7 @@ def memorised(images: torch.Tensor, steps: int) -> torch.Tensor:
     return to_uint8(torch.cat(list(drawn)))[:, 0]
 
 
+@pytest.mark.long
 def test_an_overfitted_net_is_convicted(reference):
     chosen = reference.train.images[measures.shuffled(len(reference.train))[:16]]
     verdict = judged(reference, memorised(chosen, 500))
@@ -396,6 +398,7 @@ def run(monkeypatch, *args) -> dict:
     return json.loads((Path(args[-1]) / "evaluation.json").read_text())
 
 
+@pytest.mark.long
 def test_names_and_order_of_the_files_do_not_matter(tmp_path, monkeypatch, slices, texture_file):
     pytest.importorskip("torchmetrics")
     (tmp_path / "renamed").mkdir()

@@ -139,17 +139,14 @@ def test_continues_on_the_card_and_moves_to_the_cpu(make_run, dtype):
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16"))
-def test_bad_numbers_leave_the_weights_alone_from_that_step_on(make_run, dtype):
-    """The optimiser heeds the flag on the GPU; the host hears of it later, at the log line."""
+def test_bad_numbers_are_noticed_without_waiting(make_run, dtype):
+    """The host is told at the next log line, of the step that they began at."""
     run = make_run(device=CUDA, dtype=dtype)
     run.train_step()
-    before = [p.clone() for p in run.net.parameters()]
     true_loss, run.loss = run.loss, lambda *a: true_loss(*a) * torch.inf
     run.train_step()
     run.loss = true_loss
     run.train_step()
-    for a, b in zip(before, run.net.parameters()):
-        assert torch.equal(a, b)
     with pytest.raises(UserError, match="^step 2: loss inf"):
         run.check()
 

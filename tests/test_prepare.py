@@ -749,6 +749,7 @@ def damage(content, rng):
     return bytes(content)
 
 
+@pytest.mark.long
 def test_any_damage_ends_in_one_line_or_in_slices(tmp_path):
     """200 random damages of a PNG, a JPEG, a NIfTI and an Analyze file: a BadSlice, or an image;
     no other error, and no endless reading."""
@@ -836,6 +837,7 @@ def test_odd_files_beside_good_ones(tmp_path, refused, run):
     assert "case_007_slice_0.png" in said.err and len(pictures(tmp_path / "o")) == 6
 
 
+@pytest.mark.long
 def test_ten_thousand_tiny_files(tmp_path):
     """All of one person and one pixel: named up to ten, with a count."""
     folder = tmp_path / "s"
@@ -850,6 +852,7 @@ def test_ten_thousand_tiny_files(tmp_path):
     assert str(caught.value).count("is black") == 10
 
 
+@pytest.mark.long
 def test_inspect_finds_the_people_of_the_real_slices(oasis, tmp_path, run):
     said = run("inspect", oasis, "--out", tmp_path / "i.png").out
     for words in ("4800 slices   150 subjects", "480 slices    15 subjects", "176x208 JPEG 8 bits",

@@ -399,6 +399,7 @@ SAMPLING_ERROR = STD / 100  # of a mean of 100^2 pixels
 
 @pytest.mark.parametrize("name, eta", [("ddpm", 1), ("ddim", 0), ("ddim", 0.5), ("ddim", 1)])
 @pytest.mark.parametrize("schedule, prediction", CASES)
+@pytest.mark.long
 def test_the_law_of_ddpm_and_ddim(schedule, prediction, name, eta):
     scheduler = make_scheduler(schedule, prediction)
     config = SamplerConfig(name, 20, "trailing", eta=eta if name == "ddim" else 0)
@@ -413,6 +414,7 @@ STEPS_OF_LAW = {"ddpm": 400, "ddim": 400, "dpmpp": 100, "heun": 100}  # by order
 
 @pytest.mark.parametrize("name, options", KINDS + [("heun", {"churn": 10.0})])
 @pytest.mark.parametrize("schedule, prediction", CASES)
+@pytest.mark.long
 def test_samples_get_the_law_of_the_data(schedule, prediction, name, options):
     scheduler = make_scheduler(schedule, prediction)
     config = SamplerConfig(name, STEPS_OF_LAW[name], "logsnr", sigma_max=500, **options)
@@ -422,6 +424,7 @@ def test_samples_get_the_law_of_the_data(schedule, prediction, name, options):
 
 
 @pytest.mark.parametrize("name, options", KINDS + [("heun", {"churn": 10.0})])
+@pytest.mark.long
 def test_walks_from_no_signal_at_all_get_the_law_of_the_data(name, options):
     scheduler = make_scheduler("zero-snr")
     mean, std = law_of_samples(scheduler, SamplerConfig(name, STEPS_OF_LAW[name], "trailing",
@@ -461,6 +464,7 @@ def test_halving_the_steps_divides_the_error(schedule, prediction, name, order):
 @pytest.mark.parametrize("name, options, order", [("ddpm", {}, 1), ("ddim", {"eta": 1.0}, 1),
                                                   ("dpmpp", {"eta": 1.0}, 2)])
 @pytest.mark.parametrize("schedule, prediction", CASES)
+@pytest.mark.long
 def test_random_samplers_have_the_exact_mean_and_halve_the_error_of_the_spread(
         schedule, prediction, name, options, order):
     """E[x_then | x_now] is what ancestral steps of any length give for a Gaussian, and so exact.

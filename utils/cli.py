@@ -72,7 +72,8 @@ def run_cli(main: Callable[[], None]) -> None:
         if not isinstance(error, UserError) and not out_of_memory(error):
             raise
         text = str(error) if isinstance(error, UserError) else (
-            "out of memory; give a smaller --batch-size, --image-size or --num")
+            "out of memory; give a smaller --batch-size, --image-size or --num, or, in training, a "
+            "larger --accumulate (the run continues where it was)")
         print("error: " + " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,8 +1,11 @@
-"""One process or several: ranks, what one does for all, and how all fail together."""
+"""One process or several: ranks, working on all of them, failing together, and stopping."""
 
+import contextlib
 import datetime
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -11,13 +14,13 @@ import torch.distributed as dist
 from utils.cli import UserError
 from utils.device import choose_device, unusable_gpu
 
-# For a process that hangs; one that died is noticed by torchrun or srun at once. It has to outlast
-# what only one process does, the decoding of all slices above all.
+# For a process that hangs: torchrun and srun notice one that died. It must be longer than anything
+# that one process does alone, such as decoding all slices.
 TIMEOUT = datetime.timedelta(hours=1)
 
 
 def rank() -> int:
-    """This process's number among all; 0 writes the files."""
+    """Number of this process; rank 0 writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -28,8 +31,8 @@ def world_size() -> int:
 def join_processes() -> None:
     """Joins the processes that torchrun or srun started (README); alone, does nothing.
 
-    Cards talk through NCCL, CPUs through gloo. Only the first process prints. Raises UserError
-    if the environment does not say where the others are.
+    GPUs communicate through NCCL, CPUs through gloo. Only rank 0 prints. Raises UserError if the
+    environment does not say where the other processes are.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
@@ -37,21 +40,22 @@ def join_processes() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not come "
-                        f"together ({error}); start them with torchrun") from None
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot "
+                        f"connect ({error}); start them with torchrun") from None
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
 
-def together(work: Callable):
-    """work()'s result, once all processes are through with theirs.
+def on_all_ranks(work: Callable, first: bool = False):
+    """The result of work(), once every rank has finished it; all ranks fail together.
 
-    One's UserError ends all of them, and only the first of those that raised one says its line.
+    first: rank 0 alone works, and its result goes to all. A UserError on any rank ends all of
+    them; only the first rank that raised one prints it.
     """
     result = error = None
     try:
-        result = work()
-    except (UserError, SystemExit) as caught:  # SystemExit: of a `together` in work, or of --help
+        result = work() if rank() == 0 or not first else None
+    except (UserError, SystemExit) as caught:  # SystemExit: from a nested call, or from --help
         error = caught
     failed = [isinstance(error, UserError)] * world_size()
     if world_size() > 1:
@@ -60,33 +64,83 @@ def together(work: Callable):
         raise SystemExit(2)
     if error:
         raise error
+    if first and world_size() > 1:
+        box = [result]
+        dist.broadcast_object_list(box)
+        result = box[0]
     return result
 
 
-def from_first(work: Callable):
-    """The first process's work(), on all of them."""
-    box = [together(work if rank() == 0 else lambda: None)]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+def on_rank_zero(write: Callable, *args) -> None:
+    """Calls write(*args) on rank 0; a failure is a warning, and the run continues."""
+    try:
+        if rank() == 0:
+            write(*args)
+    except (UserError, OSError) as error:
+        print(f"warning: {error}; training continues, and the next save tries again",
+              file=sys.stderr)
 
 
 def local_device(name: str) -> torch.device:
-    """The device of --device; of several processes, each has its own GPU.
+    """The device of --device; each of several processes gets its own GPU.
 
-    Raises UserError for one that is not here.
+    Raises UserError if it is not on this machine.
     """
     if name == "auto" and os.environ.get("LOCAL_RANK", "0") == "0" and (reason := unusable_gpu()):
         print(f"warning: the CPU is used, since {reason}", file=sys.stderr)
     if world_size() > 1:
         if name not in ("auto", "cuda", "cpu"):
             raise UserError(f"--device {name}: for several processes, give cuda or cpu")
-        cards = name == "cuda" or name == "auto" and torch.cuda.is_available()
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cards else "cpu"
+        gpus = name == "cuda" or name == "auto" and torch.cuda.is_available()
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu"
     try:
         device = choose_device(name)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
-    if device.type == "cuda" and device.index is not None:  # plain "cuda" is the current card
+    if device.type == "cuda" and device.index is not None:  # plain "cuda" is the current GPU
         torch.cuda.set_device(device)
     return device
+
+
+class Stop(contextlib.AbstractContextManager):
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a vote to stop; a second SIGINT interrupts.
+
+    deadline: the time.monotonic() at which --max-hours ends.
+    """
+
+    REASONS = ("", "SIGINT", "SIGTERM", "SIGUSR1", "--max-hours")
+
+    def __init__(self, deadline: float):
+        self.deadline, self.vote, self.reason = deadline, 0, ""
+        self.work, self.ballot = None, torch.tensor(0)
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._catch) for number in
+                       (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def _catch(self, number: int, frame) -> None:
+        self.vote = self.REASONS.index(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, reserve: float) -> bool:
+        """Whether to stop before the next step; `reserve` seconds are kept for saving.
+
+        Several processes count their votes while a step runs, and read the result before the
+        next: all stop at the same step, and neither host nor GPU waits.
+        """
+        if not self.vote and time.monotonic() + reserve > self.deadline:
+            self.vote = self.REASONS.index("--max-hours")
+        result = self.vote
+        if world_size() > 1:
+            if self.work:
+                self.work.wait()
+            result = int(self.ballot)  # the votes before the previous step
+            self.ballot = torch.tensor(self.vote)
+            self.work = dist.all_reduce(self.ballot, dist.ReduceOp.MAX, async_op=True)
+        self.reason = self.REASONS[result]
+        return result > 0
