@@ -1,13 +1,13 @@
 """OASIS slices: finds, checks, decodes and caches them, and hands out batches.
 
-Three layouts are read, each with PNG, JPEG, TIFF or BMP images of 8 or 16 bits:
+Three layouts are supported, each with PNG, JPEG, TIFF or BMP images of 8 or 16 bits:
 
     ROOT/train/ validate/ test/                        (case_001_slice_0.jpg ...)
     ROOT/keras_png_slices_train/ ..._validate/ ..._test/   (case_001_slice_0.nii.png ...)
-    ROOT/*.png                                         (one folder; split here, by person)
+    ROOT/*.png                                         (one folder; split here, by subject)
 
-`python -m tools.prepare` makes the second one of OASIS as it comes, and `python -m tools.inspect`
-shows what a folder holds. With no data at all, phantom slices are drawn.
+`python -m tools.prepare` makes the second one from the original OASIS files, and
+`python -m tools.inspect` shows what a folder contains. Without data, phantom slices are drawn.
 
 Slices stand upright in the radiological convention: the front of the head on top, the patient's
 right on the picture's left. Images leave this module as float32 in [-1, 1], shape (B, 1, H, W).
@@ -27,7 +27,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,9 +42,9 @@ RATIOS = (0.85, 0.10, 0.05)  # near the 9,664 / 1,120 / 544 slices of the report
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 IMAGES = ", ".join(sorted(EXTENSIONS))
 PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
-LARGEST_SIDE = 8192  # pixels; beyond it, a file is no slice, and padding would eat the memory
-CACHE_LIMIT = 32 * 2**30  # bytes of decoded slices; the least recently used go first
-CACHE_VERSION = 3  # raise it when the same files would decode to other pixels, or be rejected
+LARGEST_SIDE = 8192  # pixels; larger images are rejected, since padding them would exhaust memory
+CACHE_LIMIT = 32 * 2**30  # bytes of decoded slices; the least recently used are removed first
+CACHE_VERSION = 3  # increase it when the same files decode to other pixels or are rejected
 
 # ---------------------------------------------------------------------------------------------
 # Finding slices
@@ -53,7 +52,7 @@ CACHE_VERSION = 3  # raise it when the same files would decode to other pixels, 
 
 
 def person_of(path: Path) -> str | None:
-    """The person a slice is of, from names as in case_001_slice_0 or OAS1_0001_MR1, or None."""
+    """The subject in a name such as case_001_slice_0 or OAS1_0001_MR1, or None."""
     match = PERSON.search(path.name)
     return match[0] if match else None
 
@@ -64,7 +63,7 @@ def slice_number(name: str) -> int:
 
 
 def read_cases(root: Path) -> list[dict[str, str]]:
-    """The rows of ROOT/cases.csv; none if there is no such file. Raises UserError for no CSV."""
+    """The rows of ROOT/cases.csv, if it exists. Raises UserError if it is not a CSV file."""
     path = root / "cases.csv"
     try:
         return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
@@ -75,15 +74,15 @@ def read_cases(root: Path) -> list[dict[str, str]]:
 
 
 def person_finder(root: Path) -> Callable[[Path], str | None]:
-    """`person_of`, but for cases that ROOT/cases.csv says whose they are: people come again."""
+    """`person_of`, except for cases whose subject ROOT/cases.csv states (one may have several)."""
     of_case = {f"case_{int(row['case']):03d}": row["person"] for row in read_cases(root)
                if row.get("person") and str(row.get("case")).isdigit()}
     return lambda path: of_case.get(person_of(path), person_of(path))
 
 
 def class_finder(root: Path) -> Callable[[Path], str]:
-    """The class that ROOT/cases.csv states for a file's case: its clinical dementia rating, as
-    "CDR 0.5", else its `class` or `diagnosis`; "" if it states none."""
+    """Finds a file's class in ROOT/cases.csv: its case's clinical dementia rating, as "CDR 0.5",
+    or its `class` or `diagnosis`; "" if there is none."""
     of_case = {}
     for row in read_cases(root):
         stated = row.get("class") or row.get("diagnosis") or \
@@ -132,7 +131,7 @@ def find_slices(root: Path) -> dict[str, list[Path]]:
 
 
 def split_by_person(files: list[Path], person: Callable) -> dict[str, list[Path]]:
-    """The files of one folder, divided by person; one whose name tells none counts as one."""
+    """Splits the files of one folder by subject; a name without one counts as its own subject."""
     people = {path: person(path) or path.stem for path in files}
     warn_of_nobody([path.name for path in files if person(path) is None])
     split_of = assign_splits(people.values())
@@ -140,20 +139,20 @@ def split_by_person(files: list[Path], person: Callable) -> dict[str, list[Path]
 
 
 def warn_of_nobody(names: list[str]) -> None:
-    """Says that names tell no person, so that one head may stand in two splits."""
+    """Warns of names without a subject: slices of one subject may then be in two splits."""
     if names:
-        print(f"warning: {len(names)} names, such as {names[0]}, tell no person (case_001_..., "
-              "OAS1_0001_..., sub-01_...); slices of one head may stand in two splits",
+        print(f"warning: {len(names)} names, such as {names[0]}, state no subject (case_001_..., "
+              "OAS1_0001_..., sub-01_...); slices of one subject may be in two splits",
               file=sys.stderr)
 
 
 def assign_splits(people: Iterable[str], known: dict[str, str] | None = None,
                   ratios: tuple[float, ...] = RATIOS, seed: int = 0) -> dict[str, str]:
-    """Person -> split: by default about 85 / 10 / 5 % of the people, by a seeded shuffle.
+    """Subject -> split: by default about 85 / 10 / 5 % of the subjects, by a seeded shuffle.
 
-    All slices of one person stay together: neighbours are near-copies, so that a split by slice
-    would leak. At least one person goes to each split with a ratio above 0 if three are there,
-    else all go to train. Who is `known` stays where they are; the others fill up.
+    All slices of a subject are in one split: neighbouring slices are nearly equal. Each split with
+    a ratio above 0 gets at least one subject; with fewer than three, all are in train. `known`
+    subjects keep their split.
     """
     split_of = dict(known or {})
     new = sorted(set(people) - set(split_of))
@@ -162,7 +161,7 @@ def assign_splits(people: Iterable[str], known: dict[str, str] | None = None,
     for split, share in zip(SPLITS[1:], ratios[1:]):
         quota = max(1, round(count * share)) if count >= 3 and share > 0 else 0
         short = max(0, quota - list(split_of.values()).count(split))
-        kept = 0 if "train" in split_of.values() else 1  # since shares may round up together
+        kept = 0 if "train" in split_of.values() else 1  # rounding up may use all subjects
         take = min(short, len(order) - kept)
         split_of |= dict.fromkeys(order[:take], split)
         order = order[take:]
@@ -170,19 +169,19 @@ def assign_splits(people: Iterable[str], known: dict[str, str] | None = None,
 
 
 def in_two_splits(items: Iterable[tuple[str, Hashable, str]], what: str, fix: str) -> list[str]:
-    """Of (split, key, name): a line for each two splits that share keys."""
+    """One line for each two splits with a key in common, from (split, key, name) of all items."""
     first, shared = {}, {}
     for split, key, name in items:
         other, where = first.setdefault(key, (split, name))
         if other != split:
             shared.setdefault((other, split), []).append(
                 name if name == where else f"{where} and {name}")
-    return [f"{len(names)} {what} stand in both {a} and {b}, such as {names[0]}; {fix}"
+    return [f"{len(names)} {what} are in both {a} and {b}, such as {names[0]}; {fix}"
             for (a, b), names in shared.items()]
 
 
 def people_in_two_splits(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
-    """Of (split, person): a line for each two splits that share people."""
+    """One line for each two splits with a subject in common, from (split, subject) pairs."""
     return in_two_splits(((split, who, who) for split, who in dict.fromkeys(pairs) if who),
                          "subjects", "move each subject's slices to one split")
 
@@ -193,7 +192,7 @@ def people_in_two_splits(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
 
 
 class BadSlice(UserError):
-    """A file that is no slice to train on: what it is, and the fix."""
+    """A file that cannot be used as a slice: the reason, and how to fix it."""
 
     def __init__(self, path: Path | str, what: str, fix: str = "replace or remove it"):
         super().__init__(f"{path}: {what}; {fix}")
@@ -201,31 +200,31 @@ class BadSlice(UserError):
 
 
 class BadSlices(UserError):
-    """Several of them: up to ten by name, a count, and the fixes."""
+    """Several bad slices: their number, up to ten names, and how to fix them."""
 
     def __init__(self, bad: list[BadSlice], total: int, unit: str = "images"):
         fixes = "; ".join(dict.fromkeys(b.fix for b in bad))
         super().__init__((f"{bad[0].path}: {bad[0].what}" if len(bad) == 1 else
                           f"{len(bad)} of {total} {unit} cannot be used: {listing(bad)}")
-                         + f"; {fixes}; or give --skip-bad to go on without")
+                         + f"; {fixes}; or give --skip-bad to ignore them")
         self.bad = bad
 
 
 def listing(bad: list[BadSlice]) -> str:
-    """Up to ten files and what is wrong with them."""
+    """Up to ten files with the reasons why they are rejected."""
     return "; ".join(f"{b.path} ({b.what})" for b in bad[:10]) + "; ..." * (len(bad) > 10)
 
 
 def need_plain_file(path: Path) -> None:
-    """Raises BadSlice for a broken link, or what would be waited for for ever, such as a pipe."""
+    """Raises BadSlice for a broken link, or a pipe, which would block."""
     if not os.path.isfile(path):
-        raise BadSlice(path, "cannot be read (a broken link, or no plain file)")
+        raise BadSlice(path, "cannot be read (a broken link, or not a regular file)")
 
 
 def read_gray(path: Path) -> Image.Image:
-    """One image file -> mode L, or F in [0, 255] for 16 bits (65535 is white), of its own size.
+    """Reads an image file as mode L, or F in [0, 255] for 16 bits (65535 is white).
 
-    Raises BadSlice if the file is no whole grey image of 8 or 16 bits.
+    Raises BadSlice if the file is not a complete grey image of 8 or 16 bits.
     """
     need_plain_file(path)
     try:
@@ -236,13 +235,13 @@ def read_gray(path: Path) -> Image.Image:
             image.load()
             return to_gray(image)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else \
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else \
             getattr(error, "strerror", None) or error
         raise BadSlice(path, f"cannot be read ({reason})") from None
 
 
 def to_gray(image: Image.Image) -> Image.Image:
-    """An image of any mode -> mode L, or F in [0, 255] for 16 bits; black where transparent.
+    """Converts any mode to L, or to F in [0, 255] for 16 bits; transparent pixels become black.
 
     Raises ValueError for pixels that are neither 8 nor 16 bits, or in colour.
     """
@@ -256,26 +255,25 @@ def to_gray(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     if image.mode not in ("L", "1"):
         channels = np.asarray(image.convert("RGB"))
-        # JPEG leaves traces of colour in grey pictures.
+        # JPEG may add slight colours to grey images.
         if np.mean(np.ptp(channels, axis=2) > 24) > 1e-3:
-            raise ValueError("it is in colour, as overlays and screenshots are, not grey")
+            raise ValueError("it is a colour image, such as an overlay or a screenshot")
     return image.convert("L")
 
 
 def is_label_map(pixels: np.ndarray) -> bool:
-    """Whether an image, (..., H, W) of any range from 0 on, has next to no grey levels but a few.
+    """Whether an image, (..., H, W) from 0 on, has only a few grey levels, as a segmentation map.
 
-    The 99th percentile of the pixels above 0 counts as white: a few bright vessels would press
-    all other grey levels together.
-    Of the pixels above the background, five bands of 7 of 256 levels hold at most 46% in each of
-    5,760 OASIS slices, at most 71% in phantoms, and all in a segmentation map but for JPEG's and
-    resizing's edges.
+    Pixels are scaled so that the 99th percentile of those above 0 is white; a maximum would depend
+    on a few bright vessels. Of the pixels above the background, the five most frequent bands of 7
+    of 256 levels hold at most 46% in each of 5,760 OASIS slices, at most 71% in phantoms, and
+    nearly all in segmentation maps (JPEG and resizing blur their edges).
     """
     inside = pixels[pixels > 0]
     white = np.percentile(inside, 99) if inside.size else 1
     levels = np.rint((pixels * (255 / white)).clip(0, 255)).astype(np.uint8)
     counts = np.bincount(levels.ravel(), minlength=256)
-    counts[:8] = 0  # the background, with JPEG's ripples
+    counts[:8] = 0  # the background, with JPEG artefacts
     total, held = counts.sum(), 0
     for _ in range(5):
         bands = np.convolve(counts, np.ones(7, int), "same")
@@ -285,16 +283,16 @@ def is_label_map(pixels: np.ndarray) -> bool:
 
 
 def check_slice(pixels: np.ndarray, path: Path | str, few_levels: bool = False) -> None:
-    """Raises BadSlice for an image, of its file's own size, that is no MR slice.
+    """Raises BadSlice for an image, in the file's own size, that is not an MR slice.
 
-    few_levels: whether to accept images of few grey levels.
+    few_levels: whether to accept images with few grey levels.
     """
     if pixels.min() == pixels.max():
-        raise BadSlice(path, "is black all over" if pixels.max() == 0 else "is of one grey level",
-                       "remove the slices that show nothing")
+        what = "is entirely black" if pixels.max() == 0 else "has a single grey level"
+        raise BadSlice(path, what, "remove empty slices")
     if not few_levels and is_label_map(pixels):
         raise BadSlice(path, "has few grey levels, as a segmentation map",
-                       "give the folder of MR slices, as keras_png_slices_train, not "
+                       "give the folder of MR slices, such as keras_png_slices_train, not "
                        "keras_png_slices_seg_train, or --few-levels if they are MR slices")
 
 
@@ -325,7 +323,7 @@ def decode(path: Path, image_size: int | None, few_levels: bool = False) -> np.n
 
 
 def in_parallel(work: Callable, items: list, desc: str) -> Iterator:
-    """Yields work(item) for each, in order, with a bar; a BadSlice is yielded too, not raised."""
+    """Yields work(item) in order, with a progress bar; a BadSlice is yielded, not raised."""
     def attempt(item):
         try:
             return work(item)
@@ -373,7 +371,7 @@ def decode_all(files: list[Path], image_size: int | None, few_levels: bool = Fal
 
 def cache_file(files: list[Path], image_size: int | None, cache: Path | None,
                few_levels: bool = False) -> Path:
-    """A name that changes with the image size and any file's path, size or time."""
+    """A cache name that depends on the image size and each file's path, size and time."""
     facts = []
     for path in files:
         facts.append(os.path.abspath(path))
@@ -385,7 +383,7 @@ def cache_file(files: list[Path], image_size: int | None, cache: Path | None,
 
 
 def cache_folder() -> Path:
-    """Where decoded slices and their features are kept, unless a folder is given."""
+    """The default folder for decoded slices and their features."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home, "oasis-diffusion")
 
@@ -394,9 +392,8 @@ def load_images(files: list[Path], image_size: int | None, cache: Path | None = 
                 few_levels: bool = False) -> tuple[np.ndarray, int]:
     """The slices as one uint8 (N, H, W), decoded once and cached on disk, and their CRC-32.
 
-    The cache is trusted only if its checksum holds: a stale or damaged one is decoded again. It
-    is decoded straight to the disk, by one process while others wait, and mapped into the memory
-    of all. Raises UserError as `decode_all` does.
+    A cache file whose checksum is wrong is decoded again. One process decodes to disk while others
+    wait, and all map the file into memory. Raises UserError as `decode_all` does.
     """
     kept = cache_file(files, image_size, cache, few_levels)
     try:
@@ -436,7 +433,7 @@ def prune_cache(folder: Path, limit: int | None = None) -> None:
 
 def without_bad(files: list[Path], image_size: int | None, cache: Path | None = None,
                 few_levels: bool = False) -> list[Path]:
-    """The files that are slices. Those that are not are named in a warning, and remembered."""
+    """The files that are valid slices; the others are listed in a warning and cached."""
     kept = cache_file(files, image_size, cache, few_levels).with_suffix(".bad.json")
     try:
         bad = json.loads(kept.read_text(encoding="utf-8"))
@@ -447,7 +444,7 @@ def without_bad(files: list[Path], image_size: int | None, cache: Path | None = 
         with contextlib.suppress(UserError):
             write_json(kept, bad)
     if bad:
-        print(f"warning: goes on without {len(bad)} of {len(files)} images: "
+        print(f"warning: {len(bad)} of {len(files)} images are ignored: "
               + listing([BadSlice(files[0].parent / name, what) for name, what in bad.items()]),
               file=sys.stderr)
     return [path for path in files if path.name not in bad]
@@ -481,28 +478,51 @@ def _read_cache(path: Path) -> tuple[np.ndarray, int]:
 # ---------------------------------------------------------------------------------------------
 
 
-class Split(NamedTuple):
-    """One split in memory: uint8 (N, H, W), and each slice's file name, person and class."""
+class Slices:
+    """The slices of one split, stored as uint8 and handed out as float32 in [-1, 1].
 
-    images: np.ndarray
-    names: list[str]
-    people: list[str]
-    crc32: int
-    classes: list[str]
+    images: uint8 (N, H, W); names: their files' names; numbers: float32 (N,), each slice's number,
+    which increases with its height in the head; subjects and classes: those of each slice, class
+    "" for none; crc32: checksum of the images. A GPU holds them if that takes less than a quarter
+    of its free memory.
+    """
+
+    def __init__(self, images: np.ndarray, names: list[str],
+                 device: torch.device = torch.device("cpu"), subjects: list[str] | None = None,
+                 classes: list[str] | None = None, crc32: int = 0):
+        self.images, self.names, self.crc32 = torch.from_numpy(images), names, crc32
+        self.subjects = subjects or [person_of(Path(name)) or name for name in names]
+        self.classes = classes or [""] * len(names)
+        self.numbers = np.array([slice_number(name) for name in names], np.float32)
+        self.to(device)
+
+    def to(self, device: torch.device) -> "Slices":
+        """Sets the device of the batches, and moves the slices to it if they fit."""
+        self.device = device
+        if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            self.images = self.images.to(device)
+        return self
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: np.ndarray) -> Tensor:
+        """int64 (B,) -> float32 (B, 1, H, W) in [-1, 1] on the device."""
+        index = moved(torch.from_numpy(indices), self.images.device)
+        return moved(self.images[index], self.device)[:, None].float().div_(127.5).sub_(1)
 
 
 def load_splits(root: Path | None, image_size: int | None, cache: Path | None = None,
-                skip_bad: bool = False, few_levels: bool = False) -> dict[str, Split]:
-    """The splits of a root, or of the phantoms for None; those without slices are left out.
+                skip_bad: bool = False, few_levels: bool = False) -> dict[str, Slices]:
+    """The splits of a root, or the phantoms for None, on the CPU; without empty splits.
 
     Raises UserError as the functions above do, or if the splits differ in size or share a
     picture. Warns of slices that are smaller than the image size.
     """
     if root is None:
-        people = {"train": (0, 192), "validate": (192, 16), "test": (208, 16)}
-        phantoms = {s: phantom_slices(image_size or 64, *people[s]) for s in SPLITS}
-        return {s: Split(images, names, [person_of(Path(n)) for n in names], zlib.crc32(images),
-                         [""] * len(names))
+        subjects = {"train": (0, 192), "validate": (192, 16), "test": (208, 16)}
+        phantoms = {s: phantom_slices(image_size or 64, *subjects[s]) for s in SPLITS}
+        return {s: Slices(images, names, crc32=zlib.crc32(images))
                 for s, (images, names) in phantoms.items()}
     person, class_of, files_of = person_finder(root), class_finder(root), find_slices(root)
     for line in people_in_two_splits((s, person(path)) for s in files_of for path in files_of[s]):
@@ -513,9 +533,9 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
             files = without_bad(files, image_size, cache, few_levels)
         if files:
             images, crc = load_images(files, image_size, cache, few_levels)
-            loaded[split] = Split(images, [path.name for path in files],
-                                  [person(path) or path.stem for path in files], crc,
-                                  [class_of(path) for path in files])
+            loaded[split] = Slices(images, [path.name for path in files],
+                                   subjects=[person(path) or path.stem for path in files],
+                                   classes=[class_of(path) for path in files], crc32=crc)
             warn_if_enlarged(files, image_size)
     if "train" not in loaded:
         raise UserError(f"{root}: no slice of train can be used; give another folder")
@@ -528,7 +548,7 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
     return loaded
 
 
-def picture_keys(loaded: dict[str, Split], files_of: dict[str, list[Path]]
+def picture_keys(loaded: dict[str, Slices], files_of: dict[str, list[Path]]
                  ) -> Iterator[tuple[str, Hashable, str]]:
     """(split, key, name) of each slice, for `in_two_splits`. Equal keys: equal pictures.
 
@@ -536,12 +556,12 @@ def picture_keys(loaded: dict[str, Split], files_of: dict[str, list[Path]]
     the top of the head may be the same few pixels.
     """
     splits_of: dict[int, set[str]] = {}
-    for split, (images, *_) in loaded.items():
-        for image in images:
+    for split, slices in loaded.items():
+        for image in slices.images.numpy():
             splits_of.setdefault(hash(image.tobytes()), set()).add(split)
-    for split, (images, names, *_) in loaded.items():
+    for split, slices in loaded.items():
         paths = {path.name: path for path in files_of[split]}
-        for name, image in zip(names, images):
+        for name, image in zip(slices.names, slices.images.numpy()):
             key = hash(image.tobytes())
             if len(splits_of[key]) > 1:
                 own = read_gray(paths[name])
@@ -550,7 +570,7 @@ def picture_keys(loaded: dict[str, Split], files_of: dict[str, list[Path]]
 
 
 def warn_if_enlarged(files: list[Path], image_size: int | None) -> None:
-    """Says that slices are smaller than the image size, by eight of them, since it is cheap."""
+    """Warns if slices are smaller than the image size; checks eight of them."""
     for path in files[::max(1, len(files) // 8)] if image_size else ():
         with Image.open(path) as image:
             if max(image.size) < image_size:
@@ -566,46 +586,18 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_indices(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Which slices make the batch of a step: int64 (batch_size,) in [0, count).
+    """Indices of the slices in a step's batch: int64 (batch_size,) in [0, count).
 
-    A pure function of its arguments: every epoch is a fresh permutation, so that there is no
-    order to save and none to fast-forward. Several processes share the batch out by place.
+    A pure function of its arguments: every epoch is a new permutation, so that no order has to be
+    saved or skipped when a run continues.
     """
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.array([_permutation(count, seed, place // count)[place % count]
                      for place in places.tolist()])
 
 
-class Slices:
-    """Slices of one split, kept as uint8 where that is fastest, handed out as [-1, 1].
-
-    numbers: float32 (N,), each slice's number, which rises with its height in the head; classes:
-    each slice's class, "" for none; people: whose each is. On a GPU the set is copied to the GPU
-    if it takes less than a quarter of the free memory.
-    """
-
-    def __init__(self, images: np.ndarray, names: list[str], device: torch.device,
-                 people: list[str] | None = None, classes: list[str] | None = None):
-        self.names = names
-        self.people = people or [person_of(Path(name)) or name for name in names]
-        self.classes = classes or [""] * len(names)
-        self.numbers = np.array([slice_number(name) for name in names], np.float32)
-        self.device = device
-        self.images = torch.from_numpy(images)
-        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.images = self.images.to(device)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, indices: np.ndarray) -> Tensor:
-        """int64 (B,) -> float32 (B, 1, H, W) in [-1, 1] on the device."""
-        index = moved(torch.from_numpy(indices), self.images.device)
-        return moved(self.images[index], self.device)[:, None].float().div_(127.5).sub_(1)
-
-
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; the host does not wait for a GPU's copy, which only pinned memory allows."""
+    """Copies to the device; from pinned memory to a GPU, so that the host need not wait."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")

@@ -810,11 +810,10 @@ def prepare(args: argparse.Namespace) -> Run:
                    args.few_levels)
     loaded = on_all_ranks(load if os.environ.get("LOCAL_RANK", "0") == "0" else lambda: None)
     loaded = on_all_ranks(lambda: loaded or load())
-    images, count = loaded["train"].images, len(loaded["train"].images)
-    data = {name: Slices(split.images, split.names, device, split.people, split.classes)
-            for name, split in loaded.items()}
+    data = {name: split.to(device) for name, split in loaded.items()}
     labels = make_labels(args, data["train"])
-    configs = make_configs(args, images.shape[1:], device, loaded["train"].crc32, labels)
+    size, count = tuple(data["train"].images.shape[1:]), len(data["train"])
+    configs = make_configs(args, size, device, data["train"].crc32, labels)
     if count < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {count} slices in "
                         "train; give a smaller one")

@@ -143,12 +143,13 @@ def draw_preparation() -> None:
 def draw_comparison(generated: torch.Tensor, data: Path, name: str) -> None:
     """Unpicked generated slices below, a few real ones (one per subject of test) above."""
     height, width = generated.shape[-2:]
-    images, names, *_ = load_splits(data, width if height == width else None)["test"]
+    test = load_splits(data, width if height == width else None)["test"]
+    names = test.names
     people = sorted({person_of(Path(name)) for name in names})[:8]
     rng = np.random.default_rng(0)
     chosen = [rng.choice([i for i, name in enumerate(names) if person_of(Path(name)) == person])
               for person in people]
-    real = Slices(images, names, CPU)[np.array(chosen)]
+    real = test[np.array(chosen)]
     figure, panels = plt.subplots(5, 8, figsize=(10.4, 6.8 * height / width),
                                   gridspec_kw=dict(wspace=0.03, hspace=0.03, left=0.04, right=0.995,
                                                    top=0.995, bottom=0.005))
@@ -157,7 +158,7 @@ def draw_comparison(generated: torch.Tensor, data: Path, name: str) -> None:
     figure.text(0.02, 0.9, "real (test)", rotation=90, va="center", ha="center")
     figure.text(0.02, 0.4, "generated, seeds 0 to 31", rotation=90, va="center", ha="center")
     figure.savefig(IMAGES / name, dpi=110 if height == width else 140)
-    for name, pixels in (("real, test", torch.from_numpy(images)[:, None]),
+    for name, pixels in (("real, test", test.images[:, None]),
                          (f"generated, {len(generated)}", to_uint8(generated))):
         pixels = pixels.float()
         corners = torch.cat([pixels[..., :6, :6], pixels[..., :6, -6:], pixels[..., -6:, :6],

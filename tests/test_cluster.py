@@ -224,7 +224,7 @@ def test_compile_says_what_is_missing(monkeypatch, device, compiler):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(script, "local_device", torch.device)
     monkeypatch.setattr(script.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match=f"--compile: no compiler .{compiler}. here"):
+    with pytest.raises(UserError, match=f"--compile: no compiler .{compiler}. found"):
         script.prepare(script.parse_args(["--compile", "--device", device]))
 
 

@@ -173,7 +173,7 @@ def test_names_without_a_person(tmp_path, capsys):
     assert not capsys.readouterr().err
     found = find_slices(tmp_path / "b")
     assert sum(len(files) for files in found.values()) == 4
-    assert "warning: 4 names, such as 0000.png, tell no person" in capsys.readouterr().err
+    assert "warning: 4 names, such as 0000.png, state no subject" in capsys.readouterr().err
 
 
 def test_a_person_in_two_splits_is_refused(tmp_path):
@@ -187,7 +187,7 @@ def test_real_slices(oasis):
     splits = load_splits(oasis, 64)
     assert {s: len(split.names) for s, split in splits.items()} == \
         {"train": 4800, "validate": 480, "test": 480}
-    for images, *_ in splits.values():
+    for images in (split.images.numpy() for split in splits.values()):
         corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
         assert (corners == 0).all()  # padded, black outside the head
         assert 40 < images.mean() < 80 and images.max() > 200
@@ -239,7 +239,7 @@ def test_each_slice_knows_its_height_and_its_person():
     names = [f"case_00{person}_slice_{number}.png" for person in (1, 2) for number in (4, 2, 6)]
     slices = Slices(np.zeros((6, 2, 2), np.uint8), names, CPU)
     assert slices.numbers.tolist() == [4, 2, 6] * 2
-    assert slices.people == ["case_001"] * 3 + ["case_002"] * 3
+    assert slices.subjects == ["case_001"] * 3 + ["case_002"] * 3
 
 
 def test_a_changed_file_is_decoded_again(counted):
@@ -464,7 +464,7 @@ def test_pictures_that_are_equal_only_when_small_are_two(tmp_path):
         Image.fromarray(pixels).save(tmp_path / split / f"case_{case:03d}_slice_0.png")
     same = [np.full((1, 4, 4), 7, np.uint8)] * 2
     files = {split: sorted((tmp_path / split).iterdir()) for split in ("train", "validate")}
-    loaded = {split: dataset.Split(images, [files[split][0].name], [""], 0, [""])
+    loaded = {split: Slices(images, [files[split][0].name])
               for split, images in zip(files, same)}
     keys = [key for _, key, _ in dataset.picture_keys(loaded, files)]
     assert keys[0] != keys[1]

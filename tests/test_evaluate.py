@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dataset import Split, load_splits, phantom_slices
+from dataset import Slices, load_splits, phantom_slices
 from modules import (Denoiser, NoiseScheduler, SamplerConfig, make_scheduler_config, sample,
                      timestep_embedding)
 from tools import audit, evaluate, measures
@@ -42,13 +42,13 @@ class Texture(nn.Module):
         return torch.cat([images.mean(2), images.std(2)], 1)
 
 
-def part_of(split: Split, subjects: int, every: int) -> Split:
+def part_of(split: Slices, subjects: int, every: int) -> Slices:
     """Some slices of some subjects."""
-    chosen = sorted(set(split.people))[:subjects]
-    rows = [i for i, who in enumerate(split.people)
+    chosen = sorted(set(split.subjects))[:subjects]
+    rows = [i for i, who in enumerate(split.subjects)
             if who in chosen and evaluate.slice_number(split.names[i]) % every == 0]
-    return split._replace(images=split.images[rows], names=[split.names[i] for i in rows],
-                          people=[split.people[i] for i in rows])
+    return Slices(split.images[rows].numpy(), [split.names[i] for i in rows],
+                  subjects=[split.subjects[i] for i in rows])
 
 
 @pytest.fixture(scope="module")

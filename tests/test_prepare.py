@@ -154,7 +154,7 @@ def test_a_disc_folder_and_its_tar_in_any_order_give_the_same(discs, tmp_path, r
     assert rows[2]["split"] == rows[3]["split"]  # the same person, scanned twice
     assert {r["split"] for r in rows} == {"train", "validate", "test"}
     splits = load_splits(tmp_path / "a", 32)
-    assert sorted({p for s in splits.values() for p in s.people}) == [
+    assert sorted({p for s in splits.values() for p in s.subjects}) == [
         "OAS1_0001", "OAS1_0002", "OAS1_0061"]
 
 
@@ -305,7 +305,7 @@ def test_prepared_slices_train(discs, tmp_path, run, capsys):
             "--block-out-channels", 32, 32, "--batch-size", 4, "--steps", 2, "--device", "cpu"]
     prepared = train.prepare(train.parse_args(list(map(str, args))))
     data = prepared.data["train"]
-    assert set(data.people) <= {"OAS1_0001", "OAS1_0002", "OAS1_0061"}
+    assert set(data.subjects) <= {"OAS1_0001", "OAS1_0002", "OAS1_0061"}
     assert sorted(set(data.numbers.tolist())) == list(range(8))
     assert train.train(prepared, 1, 2)
     assert "loss" in capsys.readouterr().out
@@ -389,7 +389,7 @@ def test_the_same_command_works_once_the_source_is_mended(tmp_path, refused, run
     folder = source(tmp_path)
     other = source(tmp_path, "test", first=5, count=3)
     refused("tools.prepare", [tmp_path / "s", tmp_path / "o"],
-            "1 subjects stand in both test and train, such as case_002", "move each")
+            "1 subjects are in both test and train, such as case_002", "move each")
     (folder / "case_002_slice_1.png").unlink()
     (folder / "case_002_slice_0.png").rename(other / "case_002_slice_0.png")
     run("prepare", tmp_path / "s", tmp_path / "o")
@@ -585,12 +585,12 @@ PICTURES = [
     (label_maps, ["6 of 6 images cannot be used", "few grey levels, as a segmentation map",
                   "keras_png_slices_train, not keras_png_slices_seg_train"]),
     (label_maps_of_small_numbers, ["few grey levels, as a segmentation map"]),
-    (black, ["case_001_slice_1.png: is black all over", "remove"]),
-    (constant, ["case_001_slice_1.png: is of one grey level", "remove"]),
-    (colour, ["case_001_slice_1.png: cannot be read (it is in colour", "replace or remove"]),
+    (black, ["case_001_slice_1.png: is entirely black", "remove"]),
+    (constant, ["case_001_slice_1.png: has a single grey level", "remove"]),
+    (colour, ["case_001_slice_1.png: cannot be read (it is a colour image", "replace or remove"]),
     (unreadable, ["12 of 40", "case_009_slice_1.png", "; ...;", "--skip-bad"]),
-    (shared_person, ["1 subjects stand in both train and test, such as case_002", "move each"]),
-    (shared_picture, ["1 pictures stand in both train and test, such as train/case_001_slice_1.png"
+    (shared_person, ["1 subjects are in both train and test, such as case_002", "move each"]),
+    (shared_picture, ["1 pictures are in both train and test, such as train/case_001_slice_1.png"
                       " and test/case_077_slice_0.png", "remove one copy"]),
 ]
 
@@ -615,7 +615,7 @@ def test_prepare_refuses_pictures(tmp_path, refused, make, words):
 def test_prepare_refuses_one_picture_in_two_splits(tmp_path, refused):
     shared_picture(tmp_path)
     refused("tools.prepare", [tmp_path / "s", tmp_path / "o"],
-            "1 pictures stand in both train and test", "remove one copy of the source")
+            "1 pictures are in both train and test", "remove one copy of the source")
 
 
 def test_skip_bad_trains_without_them_and_remembers(tmp_path, capsys):
@@ -624,9 +624,9 @@ def test_skip_bad_trains_without_them_and_remembers(tmp_path, capsys):
     (tmp_path / "s" / "train" / "case_019_slice_1.png").symlink_to("nowhere")
     for _ in range(2):
         split = load_splits(tmp_path / "s", 16, skip_bad=True)["train"]
-        assert len(split.images) == len(split.names) == len(split.people) == 27
+        assert len(split.images) == len(split.names) == len(split.subjects) == 27
         assert "case_001_slice_1.png" not in split.names
-        assert "goes on without 13 of 40 images" in capsys.readouterr().err
+        assert "13 of 40 images are ignored" in capsys.readouterr().err
 
 
 def test_skip_bad_without_a_cache_and_with_nothing_left(tmp_path, refused, capsys):
@@ -700,7 +700,7 @@ def test_cases_csv_tells_people_that_come_again(discs, tmp_path, run):
     other = next(s for s in dataset.SPLITS if s != again["split"])
     for path in (tmp_path / "o").glob(f"*/case_{int(again['case']):03d}_*"):
         path.rename(tmp_path / "o" / f"keras_png_slices_{other}" / path.name)
-    with pytest.raises(UserError, match="stand in both .* such as OAS1_0061"):
+    with pytest.raises(UserError, match="are in both .* such as OAS1_0061"):
         load_splits(tmp_path / "o", 16)
 
 

@@ -253,7 +253,7 @@ def test_clipped_images_get_the_noise_that_fits():
 
 
 def test_the_patches_grid_is_removed_and_nothing_else():
-    """Against the Fourier transform: 0 at the multiples of 1/4 cycle per pixel, but for the mean."""
+    """Against the Fourier transform: 0 at the multiples of 1/4 cycle per pixel, except the mean."""
     scheduler = make_scheduler("cosine")
     x, level = torch.randn(2, 1, 24, 16), scheduler.level(600)
     clean, noise = Denoiser(lambda x, t: x / 3, scheduler, clip=False, patch_size=4)(x, level)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset import (BadSlice, Split, images_in, in_parallel, load_splits, read_gray,
+from dataset import (BadSlice, Slices, images_in, in_parallel, load_splits, read_gray,
                      slice_number)
 from modules import SAMPLERS, SPACINGS, SamplerConfig, noise_levels, seed_height
 from predict import (Model, Slice, add_sampling_options, check_labels, generate, load_model,
@@ -125,25 +125,25 @@ def by_content(images: Tensor) -> Tensor:
     return torch.tensor(sorted(range(len(digests)), key=digests.__getitem__))
 
 
-def load_data(root: Path | None, shape: tuple[int, int], source: str) -> dict[str, Split]:
+def load_data(root: Path | None, shape: tuple[int, int], source: str) -> dict[str, Slices]:
     """The splits at the size of the slices. Raises UserError if they do not come in that size."""
     splits = load_splits(root, shape[0] if shape[0] == shape[1] else None)
-    own = splits["train"].images.shape[1:]
+    own = tuple(splits["train"].images.shape[1:])
     if own != shape:
         raise UserError(f"{source}: slices of {size_text(shape)}, those of {root or 'phantoms'} "
                         f"have {size_text(own)}; give slices of that size, or square ones")
     return splits
 
 
-def real_sample(parts: list[Split], lowest: int, span: int, net: nn.Module) -> Sample:
+def real_sample(parts: list[Slices], lowest: int, span: int, net: nn.Module) -> Sample:
     """One sample of some splits, in the order of content. Heights are 0 at slice `lowest`."""
-    images = torch.from_numpy(np.concatenate([part.images for part in parts]))
+    images = torch.cat([part.images for part in parts])
     names = [name for part in parts for name in part.names]
-    people = [who for part in parts for who in part.people]
+    subjects = [subject for part in parts for subject in part.subjects]
     order = by_content(images)
     images, order = images[order], order.tolist()
     number_of = {}
-    groups = [number_of.setdefault(people[i], len(number_of)) for i in order]
+    groups = [number_of.setdefault(subjects[i], len(number_of)) for i in order]
     heights = [(slice_number(names[i]) - lowest) / span for i in order]
     return Sample(images, cached_features(net, images), torch.tensor(groups),
                   torch.tensor(heights), [names[i] for i in order])
@@ -160,7 +160,7 @@ class Reference:
     train; unseen: validate and test together, or None; null: the nearest train slices of unseen.
     """
 
-    def __init__(self, splits: dict[str, Split], net: nn.Module):
+    def __init__(self, splits: dict[str, Slices], net: nn.Module):
         numbers = [slice_number(name) for name in splits["train"].names]
         scale = min(numbers), max(1, max(numbers) - min(numbers))
         self.net, self.floors = net, {}

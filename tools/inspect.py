@@ -49,7 +49,7 @@ def survey_splits(root: Path | None, few_levels: bool
     """Split -> its files, each with what is noted of it or wrong with it; phantoms for None."""
     if root is None:
         return {split: [(Path(name), facts_of(Image.fromarray(image), "phantom"))
-                        for name, image in zip(phantoms.names, phantoms.images)]
+                        for name, image in zip(phantoms.names, phantoms.images.numpy())]
                 for split, phantoms in load_splits(None, 128).items()}
     read = partial(survey, few_levels=few_levels)
     return {split: list(zip(files, in_parallel(read, files, "reading")))

@@ -10,7 +10,7 @@ from pathlib import Path
 import bench  # first: it puts the scripts on the path
 import numpy as np
 from bench import facts, print_table, save_json
-from dataset import Slices, load_splits
+from dataset import load_splits
 from matplotlib import pyplot as plt
 from train import Run, make_configs, parse_args
 from utils.cli import progress_bar, run_cli
@@ -22,8 +22,8 @@ def train(args, dtype: str, seed: int, loaded: dict, device) -> dict:
     """One run: its training losses step by step, and its validation loss at the end."""
     options = ["--preset", args.preset, "--steps", str(args.steps), "--dtype", dtype, "--seed",
                str(seed), "--warmup-steps", "50"]
-    configs = make_configs(parse_args(options), loaded["train"].images.shape[1:], device, 0)
-    data = {name: Slices(split.images, split.names, device) for name, split in loaded.items()}
+    configs = make_configs(parse_args(options), tuple(loaded["train"].images.shape[1:]), device, 0)
+    data = {name: split.to(device) for name, split in loaded.items()}
     with tempfile.TemporaryDirectory() as scratch:
         run, losses = Run(Path(scratch), *configs, data, device), []
         with progress_bar(args.steps, f"{dtype}, seed {seed}", "step") as bar:
