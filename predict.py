@@ -32,7 +32,7 @@ from utils.checkpoint import SHIPPED, find_model, read_model
 from utils.cli import (EVAL_SEED, Parser, UserError, checked, positive_float, positive_int,
                        progress_bar, run_cli, seed_list, seed_number)
 from utils.device import choose_dtype, keep_freed_memory
-from utils.distributed import from_first, join_processes, local_device, rank, together, world_size
+from utils.distributed import join_processes, local_device, on_all_ranks, rank, world_size
 from utils.files import (Manifest, read_slice, save_gif, save_grid, save_nifti, save_slice, sha256,
                          to_uint8, write_json)
 
@@ -477,7 +477,7 @@ def save_overviews(args: argparse.Namespace, model: Model, slices: dict[str, Sli
 def main() -> None:
     args = parse_args()
     join_processes()
-    together(lambda: predict(args))
+    on_all_ranks(lambda: predict(args))
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -510,11 +510,11 @@ def predict(args: argparse.Namespace) -> None:
         manifest.start(file for name in todo for file in files[name])
         return manifest, todo
 
-    manifest, todo = from_first(open_manifest)
+    manifest, todo = on_all_ranks(open_manifest, first=True)
     mine = {name: slices[name] for name in todo[rank()::world_size()]}
     batch_size = min(args.batch_size, -(-len(slices) // world_size()))
-    together(lambda: mine and write_slices(model, args, config, denoise, mine, batch_size, start,
-                                           manifest, next(iter(slices))))
+    on_all_ranks(lambda: mine and write_slices(model, args, config, denoise, mine, batch_size,
+                                               start, manifest, next(iter(slices))))
     if rank() > 0:
         return
     written = save_overviews(args, model, slices)

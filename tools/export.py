@@ -1,6 +1,6 @@
 """Exports a model to a folder that diffusers opens.
 
-    python -m tools.export RUN_OR_FILE DIR     a run folder, checkpoint.pt, model.safetensors, or
+    python -m tools.export RUN_OR_FILE DIR     a run folder, checkpoint, model.safetensors, or
                                                the name of a shipped model: native or 64
 
     from diffusers import DiffusionPipeline
@@ -146,7 +146,7 @@ def card(model: Model, name: str) -> str:
 def main() -> None:
     parser = Parser(prog="python -m tools.export", description="Exports a model for diffusers.")
     parser.add_argument("model", metavar="RUN_OR_FILE",
-                        help="run folder, checkpoint.pt, model.safetensors, native or 64")
+                        help="run folder, checkpoint, model.safetensors, native or 64")
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder")
     args = parser.parse_args()
     path = find_model(SHIPPED.get(args.model, args.model), "RUN_OR_FILE")
