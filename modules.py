@@ -45,6 +45,8 @@ class UNetConfig:
     label_dim: length of the label vectors that the net is conditioned on; 0 for none.
     final_channels: channels of the full-resolution convolution behind the unfolded blocks, which
         removes their borders (Bao et al. 2023, U-ViT, section 3.1); 0 for none.
+    refine_channels: channels of a residual block beside that convolution, for detail finer than
+        the patches; a multiple of 8, or 0 for none.
 
     Raises ValueError for a shape that cannot be built, naming the field and how to fix it.
     """
@@ -61,11 +63,15 @@ class UNetConfig:
     patch_size: int = 1
     label_dim: int = 0
     final_channels: int = 0
+    refine_channels: int = 0
 
     def __post_init__(self):
         for name, value in vars(self).items():
             if isinstance(value, list):  # JSON brings lists
                 object.__setattr__(self, name, tuple(value))
+        if self.refine_channels % 8 or self.refine_channels and not self.final_channels:
+            raise ValueError(f"refine_channels {self.refine_channels}: give a multiple of 8, with "
+                             "final_channels above 0")
         if not isinstance(self.dropout, float) and \
                 len(self.dropout) != len(self.block_out_channels):
             raise ValueError(f"dropout: {len(self.dropout)} values for "
@@ -259,6 +265,11 @@ class UNet(nn.Module):
         if config.final_channels:
             self.conv_final = nn.Conv2d(full + config.in_channels, config.out_channels, 3,
                                         padding=1)
+        if config.refine_channels:
+            fine = config.refine_channels
+            self.refine_in = nn.Conv2d(full + config.in_channels, fine, 3, padding=1)
+            self.refine = ResnetBlock(fine, fine, temb_dim, 8, 0.0)
+            self.refine_out = nn.Conv2d(fine, config.out_channels, 3, padding=1)
         self._zero_residual_branches()
 
     def _zero_residual_branches(self) -> None:
@@ -267,6 +278,7 @@ class UNet(nn.Module):
         Each block then starts as the identity and the net as a prediction of zero.
         """
         last_layers = [self.conv_final if self.config.final_channels else self.conv_out]
+        last_layers += [self.refine_out] * bool(self.config.refine_channels)
         last_layers += [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock)]
         last_layers += [m.to_out[0] for m in self.modules() if isinstance(m, Attention)]
         for layer in last_layers:
@@ -305,7 +317,10 @@ class UNet(nn.Module):
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, full * p^2, H/p, W/p)
         x = F.pixel_shuffle(x, self.config.patch_size)
         if self.config.final_channels:
-            x = self.conv_final(torch.cat([F.silu(x), sample], dim=1))
+            fine = torch.cat([F.silu(x), sample], dim=1)  # (B, full + in_channels, H, W)
+            x = self.conv_final(fine)
+            if self.config.refine_channels:
+                x = x + self.refine_out(F.silu(self.refine(self.refine_in(fine), temb)))
         return x
 
 

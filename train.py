@@ -100,9 +100,9 @@ class TrainConfig:
 
 # Sources of the values: README, "Training". Every preset folds 2x2 pixel blocks, so that the
 # finest level of the 64-pixel net works at 32x32, the size of the CIFAR nets of Ho et al.
-COMMON = dict(attention_up_to=16, dropout=[0.0], patch_size=2, final_channels=0, schedule="cosine",
-              noise_distribution="uniform", augment=0.0, condition=["height", "class"],
-              ema_short=0.0)
+COMMON = dict(attention_up_to=16, dropout=[0.0], patch_size=2, final_channels=0,
+              refine_channels=0, schedule="cosine", noise_distribution="log-normal", p_mean=-1.2,
+              p_std=1.2, augment=0.0, condition=["height", "class"], ema_short=0.0)
 PRESETS = {
     "quick": COMMON | dict(
         image_size=48, block_out_channels=[32, 64, 96], layers_per_block=1, attention_up_to=6,
@@ -168,8 +168,8 @@ OPTIONS = {
          SCHEDULES),
         ("noise-distribution", "noise levels in training: uniform in the timestep, or log-normal "
          "in sigma", None, ("uniform", "log-normal")),
-        ("p-mean", "mean of ln sigma at 64 pixels; cosine-shifted shifts it too", -1.2, float),
-        ("p-std", "standard deviation of ln sigma", 1.2, positive_float),
+        ("p-mean", "mean of ln sigma at 64 pixels; cosine-shifted shifts it too", None, float),
+        ("p-std", "standard deviation of ln sigma", None, positive_float),
         ("prediction-type", "what the network predicts", "v_prediction",
          ("epsilon", "v_prediction", "sample")),
         ("num-train-timesteps", "number of noise levels", 1000, positive_int),
@@ -181,6 +181,8 @@ OPTIONS = {
         ("patch-size", "side in pixels of the patches folded into channels", None, positive_int),
         ("final-channels", "channels of a final convolution at full resolution (0: none)", None,
          natural),
+        ("refine-channels", "channels of a residual block at full resolution beside it (0: none)",
+         None, natural),
     ],
     "machine": [
         ("device", "cuda, cuda:1, mps or cpu; auto is the fastest available", "auto", str),
@@ -252,7 +254,8 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
             # Normalising a group of one channel would remove the timestep embedding.
             norm_num_groups=32 if min(args.block_out_channels) >= 64 else 8,
             dropout=args.dropout[0] if len(args.dropout) == 1 else args.dropout,
-            patch_size=args.patch_size, label_dim=labels.dim, final_channels=args.final_channels)
+            patch_size=args.patch_size, label_dim=labels.dim, final_channels=args.final_channels,
+            refine_channels=args.refine_channels)
         unet = replace(unet, attention_resolutions=[
             side for side in unet.resolutions if side <= args.attention_up_to])
         scheduler = make_scheduler_config(args.schedule, args.num_train_timesteps,
