@@ -278,7 +278,8 @@ class UNet(nn.Module):
         Each block then starts as the identity and the net as a prediction of zero.
         """
         last_layers = [self.conv_final if self.config.final_channels else self.conv_out]
-        last_layers += [self.refine_out] * bool(self.config.refine_channels)
+        if self.config.refine_channels:
+            last_layers.append(self.refine_out)
         last_layers += [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock)]
         last_layers += [m.to_out[0] for m in self.modules() if isinstance(m, Attention)]
         for layer in last_layers:
