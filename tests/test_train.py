@@ -285,6 +285,7 @@ def test_a_checkpoint_from_before_an_option_continues(make_run):
         for name in names:
             del content[part][name]
     content["train"]["flip"] = False
+    content["rows"] = [{"step": 1, "loss": "0.5"}]  # once, the rows of metrics.csv
     torch.save(content, run.checkpoint)
     again = make_run(ema_length=0.09, augment=0.0, ema_short=0.0)
     again.resume()
