@@ -1,15 +1,14 @@
 """An exported model, opened by diffusers: the same slices there as here."""
 
-import json
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
-from PIL import Image
 
-from modules import Denoiser, LabelConfig, SamplerConfig, UNetConfig, seeded_noise
-from predict import Slice, generate, load_model
+from modules import (Denoiser, LabelConfig, NoiseScheduler, SamplerConfig, SchedulerConfig, UNet,
+                     UNetConfig, seeded_noise)
+from predict import Model, Slice, generate, load_model
 from tools.export import export
 from utils.checkpoint import SHIPPED
 from utils.files import to_uint8
@@ -66,6 +65,26 @@ def test_conditions_and_guidance_change_the_slice_and_wrong_ones_are_named(expor
     low, high = draw(position=0.1), draw(position=0.9)
     assert np.abs(low - high).mean() > 2
     assert np.abs(draw(position=0.1, guidance_scale=3.0) - low).mean() > 0.5
+
+
+def test_layers_at_full_resolution_are_exported(tmp_path):
+    """A random net, whose last layers are not zero as they are before training."""
+    torch.manual_seed(0)
+    config = UNetConfig((32, 24), block_out_channels=(32, 32), layers_per_block=1, patch_size=4,
+                        attention_resolutions=(), norm_num_groups=8, final_channels=4,
+                        refine_channels=8, label_dim=LabelConfig((0.0, 3.0), ("a", "b")).dim)
+    net = UNet(config).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.normal_(0, 0.1)
+    model = Model(net, NoiseScheduler(SchedulerConfig(clip_sample=False)), tmp_path, 0,
+                  LabelConfig((0.0, 3.0), ("a", "b")))
+    export(model, tmp_path / "m")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "m", trust_remote_code=True)
+    x, level = torch.randn(2, 1, 32, 24), model.scheduler.level(400)
+    denoise = Denoiser(net, model.scheduler, patch_size=4)
+    denoise.labels = model.labels.encode(torch.full((2,), 1 / 3), torch.ones(2, dtype=torch.long))
+    theirs = pipeline.predict(x, torch.tensor(400), pipeline.row(1 / 3, "b"))
+    torch.testing.assert_close(theirs, denoise(x, level)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_card_has_the_header_of_model_hubs(exported):

@@ -108,8 +108,8 @@ def export(model: Model, folder: Path) -> None:
                         ) from None
     config, labels, table = model.net.config, model.labels, label_table(model)
     weights = model.net.cpu().state_dict()
-    final = {key: weights.pop(f"conv_final.{key}").tolist() for key in ("weight", "bias")} \
-        if config.final_channels else None
+    final = {name: weights.pop(name).tolist() for name in list(weights)
+             if name.startswith(("conv_final.", "refine"))}
     if table is not None:
         weights["class_embedding.weight"] = table.cpu()
     unet = UNet2DModel(**unet_config(config, None if table is None else len(table)))
@@ -123,7 +123,7 @@ def export(model: Model, folder: Path) -> None:
     write_json(folder / "model_index.json", {
         "_class_name": ["pipeline", "BrainSlicePipeline"], "_diffusers_version": __version__,
         "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"],
-        "patch_size": config.patch_size, "final_conv": final, "labels": list(labels.classes),
+        "patch_size": config.patch_size, "final_layers": final, "labels": list(labels.classes),
         "heights": height_rows(model), "clip": model.scheduler.config.clip_sample})
 
 

@@ -20,17 +20,17 @@ class BrainSlicePipeline(DiffusionPipeline):
         the conditions, see `row`.
     scheduler: DDIMScheduler, DDPMScheduler or DPMSolverMultistepScheduler.
     patch_size: side of the patches.
-    final_conv: {"weight", "bias"} of the convolution at full resolution behind them, or None.
+    final_layers: weights by name of the layers at full resolution behind the patches; may be empty.
     labels: names of the classes; heights: rows of the table for heights, evenly from 0 to 1.
     clip: whether the predicted x_0 is clipped to [-1, 1].
     """
 
-    def __init__(self, unet, scheduler, patch_size=1, final_conv=None, labels=(), heights=0,
+    def __init__(self, unet, scheduler, patch_size=1, final_layers=None, labels=(), heights=0,
                  clip=True):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(patch_size=patch_size, final_conv=final_conv, labels=list(labels),
-                                heights=heights, clip=clip)
+        self.register_to_config(patch_size=patch_size, final_layers=final_layers or {},
+                                labels=list(labels), heights=heights, clip=clip)
 
     def row(self, position=None, label=None) -> int:
         """Row of the table: (height or none) x (class or none); row 0 tells nothing."""
@@ -45,15 +45,13 @@ class BrainSlicePipeline(DiffusionPipeline):
 
     def predict(self, x, timestep, row):
         """x_t, (B, 1, H, W) -> x_0 predicted from it, without the patches' grid, and clipped."""
-        patch, final = self.config.patch_size, self.config.final_conv
+        patch = self.config.patch_size
         rows = torch.full((len(x),), row, device=x.device)
         output = self.unet(F.pixel_unshuffle(x, patch), timestep,
                            class_labels=rows if self.unet.config.num_class_embeds else None).sample
         output = F.pixel_shuffle(output, patch)
-        if final:
-            weight, bias = (torch.tensor(final[key], dtype=x.dtype, device=x.device)
-                            for key in ("weight", "bias"))
-            output = F.conv2d(torch.cat([F.silu(output), x], dim=1), weight, bias, padding=1)
+        if self.config.final_layers:
+            output = self.finish(torch.cat([F.silu(output), x], dim=1), timestep, rows)
         signal, noise = self.signal_and_noise(timestep)
         clean = {"epsilon": lambda: (x - noise * output) / signal, "sample": lambda: output,
                  "v_prediction": lambda: signal * x - noise * output}[self.kind]()
@@ -63,6 +61,29 @@ class BrainSlicePipeline(DiffusionPipeline):
             grid = grid - grid.mean((2, 3), keepdim=True)
             clean = clean - grid.repeat(1, 1, *(side // patch for side in x.shape[2:]))
         return clean.clamp(-1, 1) if self.config.clip else clean
+
+    def finish(self, x, timestep, rows):
+        """The layers at full resolution: a convolution and, if there is one, a residual block."""
+        def weights(name):
+            return (torch.tensor(self.config.final_layers[f"{name}.{part}"], dtype=x.dtype,
+                                 device=x.device) for part in ("weight", "bias"))
+
+        def conv(name, h):
+            return F.conv2d(h, *weights(name), padding=1)
+
+        def norm(name, h):
+            return F.silu(F.group_norm(h, 8, *weights(name)))
+        output = conv("conv_final", x)
+        if "refine_in.weight" in self.config.final_layers:
+            temb = self.unet.time_embedding(self.unet.time_proj(timestep.reshape(1)).to(x.dtype))
+            if self.unet.config.num_class_embeds:
+                temb = temb + self.unet.class_embedding(rows)
+            x = conv("refine_in", x)
+            h = conv("refine.conv1", norm("refine.norm1", x))
+            h = h + F.linear(F.silu(temb), *weights("refine.time_emb_proj"))[:, :, None, None]
+            h = conv("refine.conv2", norm("refine.norm2", h))
+            output = output + conv("refine_out", F.silu(x + h))
+        return output
 
     @property
     def kind(self):
