@@ -1,13 +1,12 @@
-"""Draws the figures of README.md into images/.
+"""Redraws the figures of README.md into images/ and fills in its tables.
 
-    python tests/figures.py --data ROOT --run RUN
+    python -m tools.figures --data ROOT --run RUN
 
-RUN is the run folder of the shipped model (for its loss curve); ROOT holds the real slices that
-stand beside the generated ones. Either may be left out; its figures then stay as they are.
+ROOT holds the real slices that stand beside generated ones, RUN is the run folder of the shipped
+64-pixel model (for its loss curve and samples). Without them, their figures stay as they are.
 """
 
 import shutil
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,18 +19,15 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from dataset import (Slices, draw_phantom, load_splits, person_of,  # noqa: E402
-                     phantom_slices)
-from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels, sample  # noqa: E402
-from predict import STRIP_LENGTH, Model, load_model  # noqa: E402
-from tools.volumes import Cutting, cut_volume, upright  # noqa: E402
-from utils.checkpoint import SHIPPED  # noqa: E402
-from utils.cli import Parser, run_cli  # noqa: E402
-from utils.device import choose_dtype  # noqa: E402
-from utils.files import save_grid, to_uint8  # noqa: E402
+from dataset import Slices, draw_phantom, load_splits, person_of, phantom_slices
+from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels
+from predict import STRIP_LENGTH, Model, Slice, generate, load_model
+from tools.tables import ROOT, write_tables
+from tools.volumes import Cutting, cut_volume, upright
+from utils.checkpoint import SHIPPED
+from utils.cli import Parser, run_cli
+from utils.device import choose_dtype
+from utils.files import save_grid, to_uint8
 
 IMAGES = ROOT / "images"
 CPU = torch.device("cpu")
@@ -140,16 +136,19 @@ def draw_preparation() -> None:
     figure.savefig(IMAGES / "preparation.png", dpi=100)
 
 
+def real_slices(data: Path, size: tuple[int, int], subjects: int) -> Slices:
+    """One random slice of each of the first subjects of the test split."""
+    height, width = size
+    test = load_splits(data, width if height == width else None)["test"]
+    rng, of = np.random.default_rng(0), np.array([person_of(Path(name)) for name in test.names])
+    chosen = [rng.choice(np.flatnonzero(of == subject)) for subject in sorted(set(of))[:subjects]]
+    return test[np.array(chosen)].cpu()
+
+
 def draw_comparison(generated: torch.Tensor, data: Path, name: str) -> None:
     """Unpicked generated slices below, a few real ones (one per subject of test) above."""
     height, width = generated.shape[-2:]
-    test = load_splits(data, width if height == width else None)["test"]
-    names = test.names
-    people = sorted({person_of(Path(name)) for name in names})[:8]
-    rng = np.random.default_rng(0)
-    chosen = [rng.choice([i for i, name in enumerate(names) if person_of(Path(name)) == person])
-              for person in people]
-    real = test[np.array(chosen)]
+    real = real_slices(data, (height, width), 8)
     figure, panels = plt.subplots(5, 8, figsize=(10.4, 6.8 * height / width),
                                   gridspec_kw=dict(wspace=0.03, hspace=0.03, left=0.04, right=0.995,
                                                    top=0.995, bottom=0.005))
@@ -158,30 +157,32 @@ def draw_comparison(generated: torch.Tensor, data: Path, name: str) -> None:
     figure.text(0.02, 0.9, "real (test)", rotation=90, va="center", ha="center")
     figure.text(0.02, 0.4, "generated, seeds 0 to 31", rotation=90, va="center", ha="center")
     figure.savefig(IMAGES / name, dpi=110 if height == width else 140)
-    for name, pixels in (("real, test", test.images[:, None]),
-                         (f"generated, {len(generated)}", to_uint8(generated))):
-        pixels = pixels.float()
-        corners = torch.cat([pixels[..., :6, :6], pixels[..., :6, -6:], pixels[..., -6:, :6],
-                             pixels[..., -6:, -6:]])
-        black = (pixels < 8).float().mean()
-        print(f"{name:15s} mean {pixels.mean():.1f}  share under 8 {black:.3f}"
-              f"  corners: mean {corners.mean():.2f}, largest {corners.max():.0f}"
-              f"  spread of slice means {pixels.mean(dim=(1, 2, 3)).std():.1f}")
+
+
+def draw_blind(generated: torch.Tensor, data: Path) -> None:
+    """Twelve real and twelve generated slices in random order, and the same with the answers."""
+    images = torch.cat([real_slices(data, generated.shape[-2:], 12), generated[32:44]])
+    order = np.random.default_rng(1).permutation(len(images))
+    figure, panels = plt.subplots(3, 8, figsize=(10.4, 4.7), layout="constrained")
+    for axes, index in zip(panels.flat, order):
+        show(axes, images[index])
+    figure.savefig(IMAGES / "blind.png", dpi=140)
+    for axes, index in zip(panels.flat, order):
+        axes.set_title("real" if index < 12 else f"seed {index + 20}", fontsize=8)
+    figure.savefig(IMAGES / "blind_answers.png", dpi=60)
 
 
 def draw_conditions(model: Model) -> None:
-    """One noise at eight heights, told the first and the third class; then the next noise."""
+    """One noise at eight heights, conditioned on CDR 0 and CDR 1; then the next noise."""
     names = list(model.labels.classes)
-    shape = (1, *model.net.config.sample_size)
     denoise = Denoiser(model.net, model.scheduler, guidance=2.0, dtype=choose_dtype("auto", CPU),
                        patch_size=model.net.config.patch_size)
     figure, axes = plt.subplots(4, 8, figsize=(10.4, 6.3), layout="constrained")
-    heights = torch.linspace(0, 1, 8)
+    heights = np.linspace(0, 1, 8).tolist()
     for number, panels in enumerate(axes):
         seed, name = number // 2, names[(0, 2)[number % 2]]
-        told = model.labels.encode(heights, torch.full((8,), names.index(name)))
-        [images] = sample(denoise, [seed] * 8, shape, QUALITY["default"], 8,
-                          labels=lambda seeds: told)
+        slices = [Slice(seed, height, name) for height in heights]
+        [(images, _)] = generate(model, slices, denoise=denoise, batch_size=8)
         for panel, image, height in zip(panels, images, heights):
             show(panel, image)
             if number == 0:
@@ -191,40 +192,39 @@ def draw_conditions(model: Model) -> None:
     figure.savefig(IMAGES / "conditions.png", dpi=120)
 
 
-def draw_progress(run: Path, size: tuple[int, int], steps=(750, 1500, 3000, 7500, 16_000)) -> None:
+def draw_progress(run: Path, size: tuple[int, int], rows: int = 5) -> None:
     """The first four samples of a run at some of its saves, one save a row."""
+    paths = sorted((run / "samples").glob("step_*.png"))
+    chosen = np.unique(np.geomspace(1, len(paths), rows).round().astype(int)) - 1
     height, width = size[0] + 1, 4 * (size[1] + 1) + 1
-    rows = [np.asarray(Image.open(run / "samples" / f"step_{step:07d}.png"))[:height, :width]
-            for step in steps]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(5.2, 6.6), layout="constrained")
-    for panel, row, step in zip(axes, rows, steps):
-        panel.imshow(row, cmap="gray", vmin=0, vmax=255)
+    figure, axes = plt.subplots(len(chosen), 1, figsize=(5.2, 1.32 * len(chosen)),
+                                layout="constrained")
+    for panel, path in zip(axes, (paths[index] for index in chosen)):
+        panel.imshow(np.asarray(Image.open(path))[:height, :width], cmap="gray", vmin=0, vmax=255)
         panel.set_axis_off()
-        panel.set_title(f"step {step:,}", fontsize=9, loc="left")
+        panel.set_title(f"step {int(path.stem[5:]):,}", fontsize=9, loc="left")
     figure.savefig(IMAGES / "progress.png", dpi=110)
 
 
 def draw_slices(model: Model, num: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slices of the first seeds as predict.py draws them, and the first one's states."""
+    """The slices of the first seeds as predict.py samples them, and the first one's states."""
     states = []
-    denoise = Denoiser(model.net, model.scheduler, dtype=choose_dtype("auto", CPU),
-                       patch_size=model.net.config.patch_size)
-    slices = torch.cat([*sample(
-        denoise, list(range(num)), (1, *model.net.config.sample_size), QUALITY["default"],
-        watch=lambda x, clean: states.append(x[:1]), labels=model.labels.for_seeds)])
+    batches = generate(model, range(num), watch=lambda x, clean: states.append(x[:1]))
+    slices = torch.cat([images for images, _ in batches])
     return slices, torch.cat(states[:QUALITY["default"].steps + 1])
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.figures", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of real slices (default: none)")
-    parser.add_argument("--run", type=Path, help="run folder of the model (default: none)")
+    parser.add_argument("--run", type=Path,
+                        help="run folder of the 64-pixel model (default: none)")
     args = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     model = load_model(SHIPPED["64"], CPU)
     draw_unet(model.net.config)
-    phantoms = phantom_slices(128, 0, 8, 2)
-    save_grid(Slices(*phantoms, CPU)[np.arange(16)], IMAGES / "phantoms.png", columns=8)
+    images, names = phantom_slices(128, 0, 8, 2)
+    save_grid(Slices(images, names, CPU)[np.arange(16)], IMAGES / "phantoms.png", columns=8)
     draw_preparation()
     generated, states = draw_slices(model)
     draw_process(model, states)
@@ -234,10 +234,13 @@ def main() -> None:
     draw_conditions(native)
     if args.data:
         draw_comparison(generated, args.data, "real_and_generated.png")
-        draw_comparison(draw_slices(native)[0], args.data, "native.png")
+        slices = draw_slices(native)[0]
+        draw_comparison(slices, args.data, "native.png")
+        draw_blind(slices, args.data)
     if args.run:
         shutil.copy(args.run / "loss.png", IMAGES / "loss.png")
         draw_progress(args.run, model.net.config.sample_size)
+    write_tables()
 
 
 if __name__ == "__main__":

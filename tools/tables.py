@@ -1,0 +1,112 @@
+"""The tables of README.md that hold measured numbers, made from the JSON files that hold them.
+
+    python -m tools.tables          rewrites them in place; tests/test_report.py compares
+"""
+
+import json
+import re
+from pathlib import Path
+
+from utils.cli import Parser, run_cli
+from utils.files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TITLES = {
+    "spectrum": "sharpness: spectrum, mean \\|log2 ratio\\|",
+    "kid": "KID",
+    "frechet": "Frechet distance (PCA)",
+    "two_sample": "two-sample test, accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "ms_ssim": "MS-SSIM between slices of one height",
+    "brain_area": "brain area, distance in SD",
+    "fluid": "share of fluid, distance in SD",
+    "symmetry": "left-right symmetry, distance in SD",
+    "grey_levels": "grey-level histogram, difference",
+    "corners": "background, grey levels in the corners",
+    "memorisation": "share nearer to train than 99% of unseen",
+}
+
+
+def evaluation(name: str) -> dict:
+    return json.loads((ROOT / "weights" / f"oasis-{name}.evaluation.json").read_text("utf-8"))
+
+
+def number(value: float) -> str:
+    """Three decimals below 10, one above, and no minus before zero."""
+    text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def table(rows: list[list[str]]) -> str:
+    """Markdown, the first row as the header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def glance() -> str:
+    """Each model's main measures beside their floors."""
+    models = {"native 176x208": evaluation("native"), "64x64": evaluation("64")}
+
+    def cells(name: str, form: str) -> list[str]:
+        return [form.format(**{key: number(value) for key, value in found["measures"][name].items()
+                               if key in ("value", "floor")}) for found in models.values()]
+    copies = ["none found" if found["measures"]["memorisation"]["as_real"] else "found"
+              for found in models.values()]
+    return table([["400 slices; in parentheses: unseen real subjects", *models],
+                  ["KID", *cells("kid", "{value} ({floor})")],
+                  ["Frechet distance", *cells("frechet", "{value} ({floor})")],
+                  ["sharpness: spectrum, mean \\|log2 ratio\\|",
+                   *cells("spectrum", "{value} ({floor})")],
+                  ["precision", *cells("precision", "{value} ({floor})")],
+                  ["copies beyond what unseen subjects show", *copies]])
+
+
+def quality() -> str:
+    """All measures of both models, with the floors' intervals."""
+    native, small = (evaluation(name)["measures"] for name in ("native", "64"))
+    rows = [["measure", "native", "floor (95% interval)", "64 px", "floor (95% interval)"]]
+    for name, title in TITLES.items():
+        rows.append([title])
+        for found in (native[name], small[name]):
+            low, high = map(number, found["interval"])
+            rows[-1] += [number(found["value"]), f"{number(found['floor'])} ({low} to {high})"]
+    return table(rows)
+
+
+def samplers() -> str:
+    """The 64-pixel model by sampler and network calls."""
+    found = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))["compare"]
+    names = ("spectrum", "kid", "frechet", "two_sample")
+    rows = [["sampler, steps", "calls", "spectrum", "KID", "Frechet", "two-sample"]]
+    for run in found:
+        spacing = "" if run["spacing"] == "karras" else f", {run['spacing']}"
+        rows.append([f"`{run['sampler']}` {run['steps']}{spacing}", str(run["calls"]),
+                     *(number(run["measures"][name]["value"]) for name in names)])
+    floors = [number(found[0]["measures"][name]["floor"]) for name in names]
+    return table([*rows, ["floor", "", *floors]])
+
+
+TABLES = {"glance": glance, "quality": quality, "samplers": samplers}
+
+
+def fill(text: str) -> str:
+    """The text of README.md with every table made anew."""
+    return BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def write_tables() -> None:
+    """Rewrites README.md with every table made anew."""
+    text = fill(README.read_text(encoding="utf-8"))
+    write_atomic(README, lambda file: file.write(text.encode()))
+
+
+def main() -> None:
+    Parser(prog="python -m tools.tables", description=__doc__.splitlines()[0]).parse_args()
+    write_tables()
+
+
+if __name__ == "__main__":
+    run_cli(main)
