@@ -41,7 +41,7 @@ SPLITS = ("train", "validate", "test")
 RATIOS = (0.85, 0.10, 0.05)  # near the 9,664 / 1,120 / 544 slices of the report's set
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 IMAGES = ", ".join(sorted(EXTENSIONS))
-PERSON = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
+SUBJECT = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
 LARGEST_SIDE = 8192  # pixels; larger images are rejected, since padding them would exhaust memory
 CACHE_LIMIT = 32 * 2**30  # bytes of decoded slices; the least recently used are removed first
 CACHE_VERSION = 3  # increase it when the same files decode to other pixels or are rejected
@@ -51,9 +51,9 @@ CACHE_VERSION = 3  # increase it when the same files decode to other pixels or a
 # ---------------------------------------------------------------------------------------------
 
 
-def person_of(path: Path) -> str | None:
+def subject_of(path: Path) -> str | None:
     """The subject in a name such as case_001_slice_0 or OAS1_0001_MR1, or None."""
-    match = PERSON.search(path.name)
+    match = SUBJECT.search(path.name)
     return match[0] if match else None
 
 
@@ -73,11 +73,11 @@ def read_cases(root: Path) -> list[dict[str, str]]:
         raise UserError(f"{path}: cannot be read ({error}); fix or remove it") from None
 
 
-def person_finder(root: Path) -> Callable[[Path], str | None]:
-    """`person_of`, except for cases whose subject ROOT/cases.csv states (one may have several)."""
+def subject_finder(root: Path) -> Callable[[Path], str | None]:
+    """`subject_of`, except for cases whose subject ROOT/cases.csv states (one may have several)."""
     of_case = {f"case_{int(row['case']):03d}": row["person"] for row in read_cases(root)
                if row.get("person") and str(row.get("case")).isdigit()}
-    return lambda path: of_case.get(person_of(path), person_of(path))
+    return lambda path: of_case.get(subject_of(path), subject_of(path))
 
 
 def class_finder(root: Path) -> Callable[[Path], str]:
@@ -90,7 +90,7 @@ def class_finder(root: Path) -> Callable[[Path], str]:
         rating = re.search(r"CDR \d+(\.\d+)?", stated or "")
         if str(row.get("case")).isdigit():
             of_case[f"case_{int(row['case']):03d}"] = rating[0] if rating else stated or ""
-    return lambda path: of_case.get(person_of(path), "")
+    return lambda path: of_case.get(subject_of(path), "")
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -127,18 +127,18 @@ def find_slices(root: Path) -> dict[str, list[Path]]:
         raise UserError(f"{root}: neither train/, nor keras_png_slices_train/, nor images "
                         f"({IMAGES}) in it; python -m tools.prepare {root} OUT makes slices of "
                         "volumes, discs and class folders")
-    return split_by_person(files, person_finder(root))
+    return split_by_subject(files, subject_finder(root))
 
 
-def split_by_person(files: list[Path], person: Callable) -> dict[str, list[Path]]:
+def split_by_subject(files: list[Path], subject: Callable) -> dict[str, list[Path]]:
     """Splits the files of one folder by subject; a name without one counts as its own subject."""
-    people = {path: person(path) or path.stem for path in files}
-    warn_of_nobody([path.name for path in files if person(path) is None])
-    split_of = assign_splits(people.values())
-    return {s: [path for path in files if split_of[people[path]] == s] for s in SPLITS}
+    subjects = {path: subject(path) or path.stem for path in files}
+    warn_of_unknown_subjects([path.name for path in files if subject(path) is None])
+    split_of = assign_splits(subjects.values())
+    return {s: [path for path in files if split_of[subjects[path]] == s] for s in SPLITS}
 
 
-def warn_of_nobody(names: list[str]) -> None:
+def warn_of_unknown_subjects(names: list[str]) -> None:
     """Warns of names without a subject: slices of one subject may then be in two splits."""
     if names:
         print(f"warning: {len(names)} names, such as {names[0]}, state no subject (case_001_..., "
@@ -146,7 +146,7 @@ def warn_of_nobody(names: list[str]) -> None:
               file=sys.stderr)
 
 
-def assign_splits(people: Iterable[str], known: dict[str, str] | None = None,
+def assign_splits(subjects: Iterable[str], known: dict[str, str] | None = None,
                   ratios: tuple[float, ...] = RATIOS, seed: int = 0) -> dict[str, str]:
     """Subject -> split: by default about 85 / 10 / 5 % of the subjects, by a seeded shuffle.
 
@@ -155,7 +155,7 @@ def assign_splits(people: Iterable[str], known: dict[str, str] | None = None,
     subjects keep their split.
     """
     split_of = dict(known or {})
-    new = sorted(set(people) - set(split_of))
+    new = sorted(set(subjects) - set(split_of))
     count = len(new) + len(split_of)
     order = [new[i] for i in np.random.default_rng(seed).permutation(len(new))]
     for split, share in zip(SPLITS[1:], ratios[1:]):
@@ -180,7 +180,7 @@ def in_two_splits(items: Iterable[tuple[str, Hashable, str]], what: str, fix: st
             for (a, b), names in shared.items()]
 
 
-def people_in_two_splits(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
+def subjects_in_two_splits(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
     """One line for each two splits with a subject in common, from (split, subject) pairs."""
     return in_two_splits(((split, who, who) for split, who in dict.fromkeys(pairs) if who),
                          "subjects", "move each subject's slices to one split")
@@ -491,7 +491,7 @@ class Slices:
                  device: torch.device = torch.device("cpu"), subjects: list[str] | None = None,
                  classes: list[str] | None = None, crc32: int = 0):
         self.images, self.names, self.crc32 = torch.from_numpy(images), names, crc32
-        self.subjects = subjects or [person_of(Path(name)) or name for name in names]
+        self.subjects = subjects or [subject_of(Path(name)) or name for name in names]
         self.classes = classes or [""] * len(names)
         self.numbers = np.array([slice_number(name) for name in names], np.float32)
         self.to(device)
@@ -524,8 +524,9 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
         phantoms = {s: phantom_slices(image_size or 64, *subjects[s]) for s in SPLITS}
         return {s: Slices(images, names, crc32=zlib.crc32(images))
                 for s, (images, names) in phantoms.items()}
-    person, class_of, files_of = person_finder(root), class_finder(root), find_slices(root)
-    for line in people_in_two_splits((s, person(path)) for s in files_of for path in files_of[s]):
+    subject, class_of, files_of = subject_finder(root), class_finder(root), find_slices(root)
+    pairs = ((split, subject(path)) for split, files in files_of.items() for path in files)
+    for line in subjects_in_two_splits(pairs):
         raise UserError(line)
     loaded = {}
     for split, files in files_of.items():
@@ -534,7 +535,7 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
         if files:
             images, crc = load_images(files, image_size, cache, few_levels)
             loaded[split] = Slices(images, [path.name for path in files],
-                                   subjects=[person(path) or path.stem for path in files],
+                                   subjects=[subject(path) or path.stem for path in files],
                                    classes=[class_of(path) for path in files], crc32=crc)
             warn_if_enlarged(files, image_size)
     if "train" not in loaded:
@@ -660,14 +661,14 @@ def _smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray
                                     box=(0.5, 0.5, cells + 0.5, cells + 0.5)))
 
 
-def draw_phantom(image_size: int, person: int, position: float, seed: int = 0) -> np.ndarray:
+def draw_phantom(image_size: int, subject: int, position: float, seed: int = 0) -> np.ndarray:
     """One phantom slice, uint8 (S, S): an axial brain drawn from formulas, front of the head up.
 
-    person: chooses the anatomy (outline, folds, ventricle width); position: height in the head,
+    subject: chooses the anatomy (outline, folds, ventricle width); position: height in the head,
     0 (low) to 1 (high). Skull-free outline, folded cortex, grey and white matter, ventricles,
     deep nuclei, bias field and noise; black outside. A pure function of its arguments.
     """
-    rng = np.random.default_rng([seed, person])
+    rng = np.random.default_rng([seed, subject])
     size = 2 * image_size  # drawn at twice the size, then averaged: antialiased
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
     width, length = rng.uniform(0.60, 0.68), rng.uniform(0.76, 0.84)
@@ -694,19 +695,19 @@ def draw_phantom(image_size: int, person: int, position: float, seed: int = 0) -
     image = np.where(midline & (np.abs(y) > 0.38 - 0.3 * position), fluid, image)
 
     image = image * np.exp(0.06 * _smooth_noise(rng, 2, size))
-    image = image + 0.03 * np.random.default_rng([seed, person, round(position * 1e6)]
+    image = image + 0.03 * np.random.default_rng([seed, subject, round(position * 1e6)]
                                                  ).standard_normal(image.shape)
     image = np.where(radius < 1, image, 0).clip(0, 1)
     image = image.reshape(image_size, 2, image_size, 2).mean(axis=(1, 3))
     return (255 * image).round().astype(np.uint8)
 
 
-def phantom_slices(image_size: int, first_person: int, people: int, per_person: int = 8,
+def phantom_slices(image_size: int, first_subject: int, subjects: int, per_subject: int = 8,
                    seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """Phantoms of `people` anatomies, evenly spaced heights each: uint8 (N, S, S) and names."""
-    places = [(person, slice_) for person in range(first_person, first_person + people)
-              for slice_ in range(per_person)]
+    """Phantoms of `subjects` anatomies, evenly spaced heights each: uint8 (N, S, S) and names."""
+    places = [(subject, slice_) for subject in range(first_subject, first_subject + subjects)
+              for slice_ in range(per_subject)]
     images = list(in_parallel(
-        lambda p: draw_phantom(image_size, p[0], (p[1] + 0.5) / per_person, seed), places,
+        lambda p: draw_phantom(image_size, p[0], (p[1] + 0.5) / per_subject, seed), places,
         "drawing phantoms"))
     return np.stack(images), [f"phantom_{p:03d}_slice_{s}" for p, s in places]

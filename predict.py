@@ -168,10 +168,10 @@ def check_labels(model: Model, args: argparse.Namespace) -> None:
 
 
 class Slice(NamedTuple):
-    """What to sample: the noise, by its seed, and what the net is told.
+    """What to sample: the noise, by its seed, and the conditions.
 
-    height: 0 to 1, or None for not told; class_: a name of the model's, or None for not told.
-    other_seed, mix: with another seed, the noise lies at `mix`, 0 to 1, on the way to that one's.
+    height: 0 to 1, or None; class_: one of the model's class names, or None.
+    other_seed, mix: with another seed, `mix` from 0 to 1 interpolates to that one's noise.
     """
 
     seed: int
@@ -203,13 +203,15 @@ def generate(model: Model, slices: Iterable[Slice | int],
              ) -> Iterator[tuple[Tensor, list[Slice]]]:
     """Samples slices: yields batches of images, (B, C, H, W) in [-1, 1], with their `Slice`s.
 
-    slices: what to sample; a plain number is a seed, at a height of its own if heights are told.
-    denoise: the model with guidance, say; None for the model alone.
+    slices: what to sample; a plain number is a seed, with a height of its own (`seed_height`) if
+        the model has heights.
+    denoise: the model with guidance, for example; None for the model alone.
     batch_size: a short last batch is filled up to it, since the last bits of an image depend on it:
         images of a seed are bit-equal at one batch size, and equal up to rounding at others.
-    init: (C, H, W) in [-1, 1], noised to `strength`, above 0 to 1, and drawn anew from there (Meng
+    init: (C, H, W) in [-1, 1], noised to `strength`, above 0 to 1, and denoised again (SDEdit, Meng
         et al. 2022); 1 starts from noise.
-    mask: boolean (C, H, W), True where to draw anew; elsewhere `init` stays (Lugmayr et al. 2022).
+    mask: boolean (C, H, W), True where to fill in; elsewhere `init` is kept (RePaint, Lugmayr et
+        al. 2022).
     watch: is called with each x_t and its predicted x_0 (B, C, H, W).
     """
     net, labels = model.net, model.labels
@@ -244,28 +246,28 @@ def requested(args: argparse.Namespace, model: Model) -> dict[str, Slice]:
 
     Raises UserError for options that do not go together.
     """
-    told, stack = model.labels.height_range, args.stack or args.position == "all"
+    span, stack = model.labels.height_range, args.stack or args.position == "all"
     if args.seeds and (args.num or args.seed):
         raise UserError("--seeds names all seeds; leave out --seed and --num")
-    if stack and (args.seeds or args.interpolate or not told or args.position not in (None, "all")):
+    if stack and (args.seeds or args.interpolate or not span or args.position not in (None, "all")):
         raise UserError(f"--stack: {model.path} was trained without heights; give another model"
-                        if not told else "--stack draws all heights of one --seed; leave out "
+                        if not span else "--stack draws all heights of one --seed; leave out "
                         "--position, --seeds and --interpolate")
     if args.interpolate and (args.seeds or args.seed):
         raise UserError("--interpolate names its seeds; leave out --seed and --seeds")
     if stack:
-        low, high = told
+        low, high = span
         heights = np.linspace(0, 1, args.num or round(high - low) + 1).tolist()
         return {f"slice_{args.seed:06d}_height_{h:.4f}": Slice(args.seed, h, args.class_)
                 for h in heights}
 
     def height(seed: int) -> float | None:
-        return args.position if args.position is not None or not told else seed_height(seed)
+        return args.position if args.position is not None or not span else seed_height(seed)
 
     if args.interpolate:
         a, b = args.interpolate
         return {f"slice_{a:06d}_{b:06d}_{t:.4f}": Slice(
-            a, told and (1 - t) * height(a) + t * height(b), args.class_, b, t)
+            a, span and (1 - t) * height(a) + t * height(b), args.class_, b, t)
             for t in np.linspace(0, 1, args.num or 16).tolist()}
     num = args.num or 16
     if args.seed + num > EVAL_SEED:
@@ -326,7 +328,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """What to sample with and how, for every command that draws slices."""
     add = parser.add_argument
     add("--model", choices=SHIPPED, default="native",
-        help="shipped model: native, 176x208 pixels, told heights and classes; or 64, 64x64 pixels "
+        help="shipped model: native, 176x208 pixels; or 64, 64x64 pixels "
              "(default: %(default)s)")
     add("--checkpoint", metavar="RUN_OR_FILE",
         help="run folder, checkpoint, model.safetensors, or 'latest' for the newest run under "
@@ -337,7 +339,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="height in the head, 0 (lowest training slices) to 1 (highest), or all of them, as "
              "--stack of predict.py (default: each seed has its own, distributed as in training)")
     add("--class", dest="class_", metavar="NAME",
-        help="class, as named in training, such as 'CDR 1' (default: none is told)")
+        help="class, as named in training, such as 'CDR 1' (default: none)")
     add("--quality", choices=QUALITY,
         help="; ".join(f"{name}: {config.sampler} in {config.steps} steps"
                        for name, config in QUALITY.items()) + " (default: default)")
@@ -403,13 +405,13 @@ def parse_args() -> argparse.Namespace:
     add("--interpolate", type=seed_number, nargs=2, metavar=("A", "B"),
         help="from seed A's noise to seed B's, on the sphere, with interpolation.gif (default: "
              "off)")
-    add("--init", type=Path, metavar="IMAGE", 
-        help="slice to noise and draw anew (default: start from noise)")
+    add("--init", type=Path, metavar="IMAGE",
+        help="slice to noise and denoise again (default: start from noise)")
     add("--strength", type=strength, metavar="S",
-        help="how far to noise --init, above 0 (not at all) to 1 (wholly) (default: 0.5; 1 with "
+        help="how far to noise --init, above 0 to 1 (pure noise) (default: 0.5; 1 with "
              "--mask)")
     add("--mask", type=Path, metavar="IMAGE",
-        help="draw anew only where this picture is white; --init stays elsewhere "
+        help="fill in only where this image is white; --init is kept elsewhere "
              "(default: everywhere)")
     add_sampling_options(parser)
     return parser.parse_args()

@@ -113,14 +113,17 @@ PRESETS = {
     "native": COMMON | dict(
         image_size="native", block_out_channels=[64, 96, 128], layers_per_block=1, patch_size=4,
         final_channels=4, refine_channels=32, schedule="cosine-shifted", p_mean=-2.0, p_std=1.6,
-        augment=0.1, ema_short=0.05, batch_size=8, steps=12_500, learning_rate=8e-4, save_every=1250),
+        augment=0.1, ema_short=0.05, batch_size=8, steps=12_500, learning_rate=8e-4,
+        save_every=1250),
     "128": COMMON | dict(
         image_size=128, block_out_channels=[64, 128, 192, 256], layers_per_block=2,
-        schedule="cosine-shifted", augment=0.1, dropout=[0.1], batch_size=32, steps=60_000, learning_rate=3e-4, save_every=2000),
+        schedule="cosine-shifted", augment=0.1, dropout=[0.1], batch_size=32, steps=60_000,
+        learning_rate=3e-4, save_every=2000),
     "256": COMMON | dict(
         image_size=256, block_out_channels=[64, 64, 128, 192, 256], layers_per_block=2,
         patch_size=4, final_channels=4, refine_channels=32, schedule="cosine-shifted", p_mean=-2.0,
-        p_std=1.6, augment=0.1, dropout=[0.1], batch_size=16, steps=100_000, learning_rate=2e-4, save_every=2000),
+        p_std=1.6, augment=0.1, dropout=[0.1], batch_size=16, steps=100_000, learning_rate=2e-4,
+        save_every=2000),
 }
 
 image_size = checked(lambda text: text if text == "native" else int(text),

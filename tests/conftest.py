@@ -107,13 +107,13 @@ def refused(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def data(tmp_path):
-    """Twelve real PNG files of three people in train, four of one in validate."""
+    """Twelve real PNG files of three subjects in train, four of one in validate."""
     rng = np.random.default_rng(0)
-    for split, people in (("train", (1, 2, 3)), ("validate", (4,))):
+    for split, subjects in (("train", (1, 2, 3)), ("validate", (4,))):
         (tmp_path / "data" / split).mkdir(parents=True)
-        for person in people:
+        for subject in subjects:
             for number in range(4):
                 pixels = rng.integers(0, 255, (20, 16), np.uint8)
                 Image.fromarray(pixels).save(
-                    tmp_path / "data" / split / f"case_{person:03d}_slice_{number}.png")
+                    tmp_path / "data" / split / f"case_{subject:03d}_slice_{number}.png")
     return tmp_path / "data"

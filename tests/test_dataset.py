@@ -14,7 +14,7 @@ from PIL import Image
 import dataset
 from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, decode,
                      draw_augmentations, draw_phantom, find_slices, fit, load_images, load_splits,
-                     person_of, phantom_slices, read_gray)
+                     subject_of, phantom_slices, read_gray)
 from utils.cli import UserError
 from utils.files import locked, to_uint8
 
@@ -144,27 +144,27 @@ def test_report_layout_and_stray_files(tmp_path):
 def test_flat_folder_is_split_by_person(tmp_path):
     fill(tmp_path, range(40))
     found = find_slices(tmp_path)
-    people = {s: {person_of(p) for p in files} for s, files in found.items()}
+    subjects = {s: {subject_of(p) for p in files} for s, files in found.items()}
     assert sum(len(files) for files in found.values()) == 80
-    assert [len(people[s]) for s in ("train", "validate", "test")] == [34, 4, 2]
-    assert not people["train"] & people["validate"] and not people["train"] & people["test"]
+    assert [len(subjects[s]) for s in ("train", "validate", "test")] == [34, 4, 2]
+    assert not subjects["train"] & subjects["validate"] and not subjects["train"] & subjects["test"]
     assert found == find_slices(tmp_path)
 
 
 def test_shares_that_round_up_leave_somebody_to_train_on():
-    for people in range(3, 12):
-        split_of = dataset.assign_splits(map(str, range(people)), ratios=(0.02, 0.49, 0.49))
-        assert set(split_of.values()) == set(dataset.SPLITS) and len(split_of) == people
+    for subjects in range(3, 12):
+        split_of = dataset.assign_splits(map(str, range(subjects)), ratios=(0.02, 0.49, 0.49))
+        assert set(split_of.values()) == set(dataset.SPLITS) and len(split_of) == subjects
 
 
-@pytest.mark.parametrize("name, person", [
+@pytest.mark.parametrize("name, subject", [
     ("case_001_slice_0.nii.png", "case_001"), ("OAS1_0061_MR2_90.png", "OAS1_0061"),
     ("sub-07_T1w_80.tif", "sub-07"), ("brain7.png", None)])
-def test_person_of(tmp_path, name, person):
-    assert person_of(tmp_path / name) == person
+def test_subject_of(tmp_path, name, subject):
+    assert subject_of(tmp_path / name) == subject
 
 
-def test_names_without_a_person(tmp_path, capsys):
+def test_names_without_a_subject(tmp_path, capsys):
     """Plain numbers start anew in every split, and are nobody; in one folder, that is a risk."""
     for folder in (tmp_path / "a" / "train", tmp_path / "a" / "test", tmp_path / "b"):
         for number in range(4):
@@ -236,7 +236,7 @@ def test_a_full_disk_is_no_reason_to_stop(counted, monkeypatch, capsys):
 
 
 def test_each_slice_knows_its_height_and_its_person():
-    names = [f"case_00{person}_slice_{number}.png" for person in (1, 2) for number in (4, 2, 6)]
+    names = [f"case_00{subject}_slice_{number}.png" for subject in (1, 2) for number in (4, 2, 6)]
     slices = Slices(np.zeros((6, 2, 2), np.uint8), names, CPU)
     assert slices.numbers.tolist() == [4, 2, 6] * 2
     assert slices.subjects == ["case_001"] * 3 + ["case_002"] * 3

@@ -151,7 +151,7 @@ def test_a_disc_folder_and_its_tar_in_any_order_give_the_same(discs, tmp_path, r
     assert [r["session"] for r in rows] == PEOPLE
     assert [(r["person"], r["age"], r["sex"], r["cdr"]) for r in rows[::3]] == [
         ("OAS1_0001", "60", "F", ""), ("OAS1_0061", "63", "F", "0.5")]
-    assert rows[2]["split"] == rows[3]["split"]  # the same person, scanned twice
+    assert rows[2]["split"] == rows[3]["split"]  # the same subject, scanned twice
     assert {r["split"] for r in rows} == {"train", "validate", "test"}
     splits = load_splits(tmp_path / "a", 32)
     assert sorted({p for s in splits.values() for p in s.subjects}) == [
@@ -188,10 +188,10 @@ def test_nifti_of_any_orientation(tmp_path, run, codes):
                                            nib.orientations.axcodes2ornt(tuple(codes)))
     stored = las.as_reoriented(turn)
     assert "".join(nib.aff2axcodes(stored.affine)) == codes
-    for person in ("01", "02"):
-        path = tmp_path / "b" / f"sub-{person}" / "anat" / f"sub-{person}_T1w.nii.gz"
+    for subject in ("01", "02"):
+        path = tmp_path / "b" / f"sub-{subject}" / "anat" / f"sub-{subject}_T1w.nii.gz"
         path.parent.mkdir(parents=True)
-        (stored if person == "01" else las).to_filename(path)
+        (stored if subject == "01" else las).to_filename(path)
     (tmp_path / "b" / "participants.tsv").write_text(
         "participant_id\tage\tsex\nsub-01\t33\tM\nsub-02\tn/a\tF\n")
     bold = tmp_path / "b" / "sub-01" / "func" / "sub-01_bold.nii.gz"
@@ -281,7 +281,7 @@ def test_one_picture_per_person_and_names_with_dots(tmp_path, run):
         shades(seed).save(tmp_path / "s" / name)
     run("prepare", tmp_path / "s", tmp_path / "o")
     assert sorted((r["session"], r["person"], r["slices"]) for r in table(tmp_path / "o")) == [
-        (session, person, "1") for session, person in sorted(zip(
+        (session, subject, "1") for session, subject in sorted(zip(
             ["OAS1_0001", "OAS1_0002", "OAS1_0003_MR1", "OAS1_0003_MR2", "sub-04", "1.2.840.5",
              "1.2.840.6", "lock"],
             ["OAS1_0001", "OAS1_0002", "OAS1_0003", "OAS1_0003", "sub-04", "1.2.840.5",
@@ -523,16 +523,16 @@ def test_volumes_refused(tmp_path, refused, make, words):
 
 def test_skip_bad_goes_on_without_them(tmp_path, run):
     four_d(tmp_path)
-    for person in range(2, 5):
-        volume_file(tmp_path, anatomy((44, 52, 44), person).astype(np.int16),
-                    name=f"sub-0{person}_T1w.nii")
+    for subject in range(2, 5):
+        volume_file(tmp_path, anatomy((44, 52, 44), subject).astype(np.int16),
+                    name=f"sub-0{subject}_T1w.nii")
     said = run("prepare", tmp_path / "v", tmp_path / "o", *FEW, "--skip-bad")
     assert "warning: goes on without 1: " in said.err and "sub-01_T1w.nii.gz" in said.err
     assert [r["person"] for r in table(tmp_path / "o")] == ["sub-02", "sub-03", "sub-04"]
 
 
 def source(tmp_path, split="train", count=6, first=0, folder="s"):
-    """A folder of `count` good slices, two to a person."""
+    """A folder of `count` good slices, two to a subject."""
     target = tmp_path / folder / split
     target.mkdir(parents=True, exist_ok=True)
     for index in range(first, first + count):
@@ -839,7 +839,7 @@ def test_odd_files_beside_good_ones(tmp_path, refused, run):
 
 @pytest.mark.long
 def test_ten_thousand_tiny_files(tmp_path):
-    """All of one person and one pixel: named up to ten, with a count."""
+    """All of one subject and one pixel: named up to ten, with a count."""
     folder = tmp_path / "s"
     folder.mkdir()
     Image.new("L", (1, 1)).save(folder / "x.png")

@@ -111,7 +111,7 @@ def estimated_heights(train: Sample, sample: Sample) -> Tensor:
 
 @dataclass
 class Verdict:
-    """What the audit says of one kind of nearness (pixels or features).
+    """The audit's result for one kind of nearness (pixels or features).
 
     share: of the slices that are nearer to train than the null's 99th percentile, `threshold`;
     interval: its 95% interval, from a bootstrap over slices and over the null's subjects.
@@ -154,7 +154,7 @@ def judge(scores: Tensor, null: Tensor, groups: Tensor) -> Verdict:
 def halvings(null: Tensor, groups: Tensor, count: int = HALVINGS) -> list[float]:
     """Shares of one half of the subjects above the other half's 99th percentile.
 
-    What the audit says of slices that are not copied, with the uncertainty of a threshold that
+    The audit's result for slices that are not copied, with the uncertainty of a threshold that
     rests on a few subjects.
     """
     subjects, shares = groups.unique(), []

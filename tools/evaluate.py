@@ -58,7 +58,7 @@ def setting(text: str) -> dict:
 
 
 class Drawn(NamedTuple):
-    """Slices that a model drew: uint8 (N, H, W), the seeds, the heights that the net was told
+    """Slices that a model drew: uint8 (N, H, W), the seeds, the heights they are conditioned on
     (0 to 1, or None), and the network calls that each slice took."""
 
     images: Tensor
@@ -68,7 +68,7 @@ class Drawn(NamedTuple):
 
 
 def height_of(args: argparse.Namespace, model: Model, seed: int) -> float | None:
-    """The height that a seed's slice is drawn at, as in predict.py; None if none is told."""
+    """The height that a seed's slice is conditioned on, as in predict.py; None for none."""
     own = args.position is None and model.labels.height_range
     return seed_height(seed) if own else args.position
 
@@ -194,7 +194,7 @@ def measured(measure: Measure, train: Sample, sample: Sample) -> tuple[float, tu
 
 def assess(reference: Reference, images: Tensor, names: list[str],
            heights: Tensor | None = None) -> dict:
-    """All that evaluation.json says of one sample, uint8 (N, H, W), and the pairs' pictures.
+    """The contents of evaluation.json for one sample, uint8 (N, H, W), and the pairs' pictures.
 
     heights: what the slices were conditioned on; otherwise those of their nearest train slices.
     """
@@ -234,7 +234,7 @@ def worse_than_real(row: dict, worse: str) -> bool:
 
 
 def summary(result: dict) -> list[str]:
-    """What the numbers say, in a few sentences."""
+    """The results in a few sentences."""
     rows = {name: row for name, row in result["measures"].items() if row["floor"] is not None}
     for name, row in rows.items():
         worse = MEASURES[name].worse if name in MEASURES else "high"
@@ -337,7 +337,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, metavar="ROOT",
         help="folder of real slices (default: the built-in phantoms)")
     add("--slices", type=Path, metavar="DIR",
-        help="evaluate the images in DIR, draw none; --checkpoint then says where they come from")
+        help="evaluate the images in DIR, draw none; --checkpoint then names their model")
     add("--num", type=positive_int, metavar="N",
         help=f"how many slices (default: {NUM}, or all that --slices holds)")
     add("--out", type=Path, default=Path("evaluation"), metavar="DIR",
@@ -373,7 +373,7 @@ def sampler_configs(args: argparse.Namespace, model: Model) -> list[SamplerConfi
 
 
 def evaluate_folder(args: argparse.Namespace, net: nn.Module, model: Model | None) -> dict:
-    """What evaluation.json says of the slices in --slices."""
+    """The contents of evaluation.json for the slices in --slices."""
     images, names = read_folder(args.slices, args.num)
     shape = tuple(images.shape[1:])
     if model and tuple(model.net.config.sample_size) != shape:
@@ -386,7 +386,7 @@ def evaluate_folder(args: argparse.Namespace, net: nn.Module, model: Model | Non
 
 def evaluate_model(args: argparse.Namespace, net: nn.Module, model: Model,
                    device: torch.device) -> dict:
-    """What evaluation.json says of a model with one sampler, or with each of --compare."""
+    """The contents of evaluation.json for a model with one sampler, or with each of --compare."""
     args.num = args.num or NUM
     if args.seed + args.num > EVAL_SEED:
         raise UserError(f"--seed {args.seed} and --num {args.num} go beyond the last seed, "

@@ -6,8 +6,8 @@
     from diffusers import DiffusionPipeline
     pipeline = DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)
 
-The folder holds the weights of a `UNet2DModel`, a scheduler, pipeline.py (what diffusers has no
-words for: patches of pixels, the convolution behind them, conditions), and a model card.
+The folder holds the weights of a `UNet2DModel`, a scheduler, pipeline.py (what diffusers cannot
+express: patches of pixels, the convolution behind them, conditions), and a model card.
 """
 
 import json
@@ -71,7 +71,7 @@ def label_table(model: Model) -> Tensor | None:
 
 
 def height_rows(model: Model) -> int:
-    """How many heights the table has: the slice numbers of training; 0 if heights are not told."""
+    """Number of heights in the table: the slice numbers of training; 0 without heights."""
     span = model.labels.height_range
     return round(span[1] - span[0]) + 1 if span else 0
 
@@ -130,17 +130,17 @@ def export(model: Model, folder: Path) -> None:
 def card(model: Model, name: str) -> str:
     """The model card, with the metadata header that model hubs read."""
     labels, (height, width) = model.labels, model.net.config.sample_size
-    told = [f"`position`, the height in the head from 0 to 1 (the nearest of {height_rows(model)})"
+    names = [f"`position`, the height in the head from 0 to 1 (the nearest of {height_rows(model)})"
             ] if labels.height_range else []
     if labels.classes:
-        told.append("`label`, one of " + ", ".join(json.dumps(c) for c in labels.classes))
+        names.append("`label`, one of " + ", ".join(json.dumps(c) for c in labels.classes))
     arguments = ["position=0.6"] * bool(labels.height_range) + [
         f"label={json.dumps(c)}" for c in labels.classes[:1]]
     return CARD.format(size=f"{width}x{height}", step=model.step, name=name,
                        total=model.scheduler.config.num_train_timesteps,
                        arguments=", ".join(arguments),
-                       conditions=f"Conditions: {'; '.join(told)}. Each can be left out."
-                       if told else "The model is unconditional.")
+                       conditions=f"Conditions: {'; '.join(names)}. Each can be left out."
+                       if names else "The model is unconditional.")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
-from dataset import Slices, draw_phantom, load_splits, person_of, phantom_slices
+from dataset import Slices, draw_phantom, load_splits, subject_of, phantom_slices
 from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels
 from predict import STRIP_LENGTH, Model, Slice, generate, load_model
 from tools.tables import ROOT, write_tables
@@ -140,7 +140,7 @@ def real_slices(data: Path, size: tuple[int, int], subjects: int) -> Slices:
     """One random slice of each of the first subjects of the test split."""
     height, width = size
     test = load_splits(data, width if height == width else None)["test"]
-    rng, of = np.random.default_rng(0), np.array([person_of(Path(name)) for name in test.names])
+    rng, of = np.random.default_rng(0), np.array([subject_of(Path(name)) for name in test.names])
     chosen = [rng.choice(np.flatnonzero(of == subject)) for subject in sorted(set(of))[:subjects]]
     return test[np.array(chosen)].cpu()
 

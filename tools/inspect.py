@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dataset import (BadSlice, BadSlices, find_slices, fit, in_parallel, in_two_splits, load_splits,
-                     people_in_two_splits, person_finder, person_of, read_slice)
+                     read_slice, subject_finder, subject_of, subjects_in_two_splits)
 from utils.cli import Parser, UserError, run_cli
 from utils.files import save_grid
 
@@ -61,7 +61,7 @@ def inspect(root: Path | None, picture: Path, few_levels: bool = False) -> None:
 
     Raises UserError, after the report, if train.py would reject the root.
     """
-    person = person_finder(root) if root else person_of
+    subject = subject_finder(root) if root else subject_of
     found = survey_splits(root, few_levels)
     bad, kept, rows = [], [], []
     print(f"{root or 'phantoms (no data given)'}")
@@ -71,10 +71,10 @@ def inspect(root: Path | None, picture: Path, few_levels: bool = False) -> None:
         kept += [(split, facts.digest, f"{split}/{path.name}") for path, facts in good]
         print(f"  {split:9s}{len(good):6d} slices", end="" if good else "\n")
         if good:
-            describe(good, person)
+            describe(good, subject)
             chosen = np.random.default_rng(0).choice(len(good), 8, replace=len(good) < 8)
             rows += [good[index][1].small for index in sorted(chosen)]
-    troubles = people_in_two_splits((s, person(path)) for s in found for path, _ in found[s])
+    troubles = subjects_in_two_splits((s, subject(path)) for s in found for path, _ in found[s])
     troubles += in_two_splits(kept, "pictures", "remove one copy")
     troubles += [str(BadSlices(bad, sum(map(len, found.values()))))] if bad else []
     print("  subjects or pictures in two splits, files that cannot be used: "
@@ -86,12 +86,12 @@ def inspect(root: Path | None, picture: Path, few_levels: bool = False) -> None:
         raise UserError(f"{root}: train.py would reject it: {troubles[0]}")
 
 
-def describe(good: list[tuple[Path, Facts]], person: Callable) -> None:
+def describe(good: list[tuple[Path, Facts]], subject: Callable) -> None:
     """The rest of a split's line, a line of kinds and one with the histogram of grey levels."""
     counts = np.sum([facts.counts for _, facts in good], axis=0)
-    people = len({person(path) for path, _ in good} - {None})
+    subjects = len({subject(path) for path, _ in good} - {None})
     again = len(good) - len({facts.digest for _, facts in good})
-    print(f"  {people or 'unknown':>4} subjects  mean grey level "
+    print(f"  {subjects or 'unknown':>4} subjects  mean grey level "
           f"{counts @ np.arange(256) / counts.sum():5.1f}  black "
           f"{counts[:8].sum() / counts.sum():4.0%}  {again or 'no'} duplicates")
     kinds = Counter(facts.kind for _, facts in good)

@@ -27,7 +27,7 @@ SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # MS-SSIM's weights, finest s
 
 
 class TooFew(ValueError):
-    """A sample is too small for a measure; the text says what is needed."""
+    """A sample is too small for a measure; the message names what is needed."""
 
 
 @dataclass
@@ -435,7 +435,7 @@ MEASURES = {
     "spectrum": Measure(spectrum, 0, INFINITE, "high", "Sharpness: spectrum, mean |log2 ratio|"),
     "kid": Measure(kid, -INFINITE, INFINITE, "high", "Distribution: KID"),
     "frechet": Measure(frechet, 0, INFINITE, "high", "Distribution: Frechet distance"),
-    "two_sample": Measure(two_sample, 0, 1, "high", "Distribution: told from real by a classifier"),
+    "two_sample": Measure(two_sample, 0, 1, "high", "Distribution: accuracy of a classifier"),
     "precision": Measure(precision, 0, 1, "low", "Fidelity: precision"),
     "recall": Measure(recall, 0, 1, "low", "Diversity: recall"),
     "ms_ssim": Measure(ms_ssim, 0, 1, "high", "Diversity: MS-SSIM between slices of one height"),

@@ -33,7 +33,7 @@ class BrainSlicePipeline(DiffusionPipeline):
                                 labels=list(labels), heights=heights, clip=clip)
 
     def row(self, position=None, label=None) -> int:
-        """Row of the table: (height or none) x (class or none); row 0 tells nothing."""
+        """Row of the table: (height or none) x (class or none); row 0 is unconditional."""
         names, heights = self.config.labels, self.config.heights
         if position is not None and not (heights and 0 <= position <= 1):
             raise ValueError(f"position {position}: " + (
@@ -98,7 +98,7 @@ class BrainSlicePipeline(DiffusionPipeline):
                  num_inference_steps=20, generator=None, latents=None, output_type="pil"):
         """Samples `batch_size` slices.
 
-        position: height in the head, 0 to 1; label: a class; None: not told.
+        position: height in the head, 0 to 1; label: a class; None for none.
         guidance_scale: weight of classifier-free guidance; 1 is none.
         latents: unit noise (B, 1, H, W) to start from instead of the generator's.
         output_type: "pil", "np", uint8 (B, H, W), or "pt", (B, 1, H, W) in [-1, 1].

@@ -1,4 +1,4 @@
-"""Makes slices of OASIS as it comes: discs, volumes or pictures, split by person.
+"""Makes slices of OASIS as it comes: discs, volumes or pictures, split by subject.
 
     python -m tools.prepare SOURCE OUT
 
@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import (EXTENSIONS, IMAGES, PERSON, RATIOS, SPLITS, BadSlice, BadSlices, assign_splits,
-                     fit, in_two_splits, listing, people_in_two_splits, person_of, read_cases,
-                     read_slice, slice_number, warn_of_nobody)
+from dataset import (EXTENSIONS, IMAGES, RATIOS, SPLITS, SUBJECT, BadSlice, BadSlices,
+                     assign_splits, fit, in_two_splits, listing, read_cases, read_slice,
+                     slice_number, subject_of, subjects_in_two_splits, warn_of_unknown_subjects)
 from tools.volumes import T88, Cutting, cut_file
 from utils.cli import Parser, UserError, checked, natural, positive_int, progress_bar, run_cli
 from utils.files import locked, save_png, write_csv, write_json
@@ -44,10 +44,10 @@ SPLIT_FOLDER = re.compile(
 
 
 class Scan(NamedTuple):
-    """One session of one person, as one volume or as pictures."""
+    """One session of one subject, as one volume or as pictures."""
 
     session: str
-    person: str | None
+    subject: str | None
     source: str  # what cases.csv and errors call it
     files: list[Path]
     facts: dict[str, str]  # split or class, where the source has them; age, sex, cdr
@@ -93,11 +93,12 @@ def volume_scans(root: Path, files: list[Path]) -> list[Scan]:
     scans = []
     for path in files:
         way = path.relative_to(root).as_posix()
-        person = (PERSON.findall(way) or [None])[-1]
+        subject = (SUBJECT.findall(way) or [None])[-1]
         about = path.parent / "../../.." / f"{stem[path]}.txt"  # SESSION/PROCESSED/MPRAGE/T88_111
         named = T88.fullmatch(path.name) or often[stem[path]] == 1
-        scans.append(Scan(stem[path] if named else way.replace("/", "_"), person, str(path), [path],
-                          read_facts(about) if about.is_file() else facts.get(person, {})))
+        session = stem[path] if named else way.replace("/", "_")
+        scans.append(Scan(session, subject, str(path), [path],
+                          read_facts(about) if about.is_file() else facts.get(subject, {})))
     return scans
 
 
@@ -132,13 +133,14 @@ def picture_scans(root: Path, files: list[Path]) -> list[Scan]:
         named = [match[1].lower() for match in map(SPLIT_FOLDER.fullmatch, folders) if match]
         split = next((s for s in SPLITS if named and s.startswith(named[0])), "")
         label = folders[-1] if folders and not SPLIT_FOLDER.fullmatch(folders[-1]) else ""
-        name, person = path.stem.removesuffix(".nii"), PERSON.search(path.name)
-        end = person.end() if person else len(name)  # the person's own number stays
+        name, subject = path.stem.removesuffix(".nii"), SUBJECT.search(path.name)
+        end = subject.end() if subject else len(name)  # the subject's own number stays
         name = name[:end] + re.sub(r"(_slice|[ _-])[ _-]*\d+$", "", name[end:])
         series.setdefault((split, label, name), []).append(path)
     often = Counter(name for *_, name in series)
     return [Scan(name if often[name] == 1 else "_".join(filter(None, (split, label, name))),
-                 person_of(paths[0]), str(paths[0].parent), paths, {"split": split, "class": label})
+                 subject_of(paths[0]), str(paths[0].parent), paths,
+                 {"split": split, "class": label})
             for (split, label, name), paths in series.items()]
 
 
@@ -180,7 +182,7 @@ def merge_scans(scans: list[Scan]) -> list[Scan]:
         if other is not scan and not T88.fullmatch(Path(scan.source).name):
             raise UserError(f"{scan.source} and {other.source} have one name; prepare them into "
                             "two folders, or from the folder above them")
-    warn_of_nobody([scan.session for scan in merged.values() if scan.person is None])
+    warn_of_unknown_subjects([scan.session for scan in merged.values() if scan.subject is None])
     return list(merged.values())
 
 
@@ -188,7 +190,7 @@ class Preparation:
     """Slices on the way from their sources to OUT.
 
     Each session is cut into a folder of its own under OUT/.staged, whole or not at all. Only when
-    all people are known, numbers and splits are given out, cases.csv is written, and the slices
+    all subjects are known, numbers and splits are assigned, cases.csv is written, and the slices
     are moved to their places: no listing of the tars beforehand, and the ratios hold exactly.
     Raises UserError for an OUT that is something else, or was made with other settings.
     """
@@ -200,7 +202,7 @@ class Preparation:
         self.bad: list[BadSlice] = []
         self.lock, self.stop = threading.Lock(), threading.Event()
         tars_done = self.read_note()
-        there = Counter(map(person_of, out.glob("keras_png_slices_*/case_*_slice_*.nii.png")))
+        there = Counter(map(subject_of, out.glob("keras_png_slices_*/case_*_slice_*.nii.png")))
         try:
             self.rows = {row["session"]: row for row in read_cases(out)}
             whole = {session for session, row in self.rows.items()
@@ -237,9 +239,10 @@ class Preparation:
         shared out. Raises UserError for bad scans unless they are to be skipped.
         """
         # Before anything is staged, so that the same command works once the source is mended.
-        people = [(row["split"], row["person"]) for row in self.rows.values()]
-        people += [(scan.facts["split"], scan.person) for scan in scans if scan.facts.get("split")]
-        for line in people_in_two_splits(people):
+        subjects = [(row["split"], row["person"]) for row in self.rows.values()]
+        subjects += [(scan.facts["split"], scan.subject) for scan in scans
+                     if scan.facts.get("split")]
+        for line in subjects_in_two_splits(subjects):
             raise UserError(line)
         self.staged.mkdir(exist_ok=True)
         tars = {key: tar for key, tar in tars.items() if key not in self.tars_done}
@@ -279,7 +282,7 @@ class Preparation:
             save_png(torch.from_numpy(pixels), folder / f"{number}.png")
         write_json(folder / "scan.json", {  # the last file: with it, the session is whole
             **scan.facts, "session": scan.session, "source": scan.source,
-            "person": scan.person or scan.session, "slices": len(slices)})
+            "person": scan.subject or scan.session, "slices": len(slices)})
 
     def stage_tar(self, key: str, tar: Path, bar: tqdm) -> None:
         """Stages the T88 volumes of a disc's tar file, read once from front to back."""
@@ -324,7 +327,7 @@ class Preparation:
                 header, voxels = file.with_suffix(".hdr"), file.with_suffix(".img")
                 if match and header.exists() and voxels.exists():
                     where = f"{tar}:{Path(member.name).with_suffix('.hdr')}"
-                    yield Scan(match[1], person_of(file), where, [header], {})
+                    yield Scan(match[1], subject_of(file), where, [header], {})
                     header.unlink(), voxels.unlink()
         if not found:
             self.bad.append(BadSlice(tar, "holds no *_t88_masked_gfc volume of OASIS-1",
@@ -366,9 +369,9 @@ class Preparation:
                 os.replace(path, folder / f"case_{int(row['case']):03d}_slice_{path.stem}.nii.png")
         write_json(self.note, {"settings": self.settings, "tars": self.tars_done})
         shutil.rmtree(self.staged)
-        self.refuse_pictures_in_two_splits()
+        self.reject_pictures_in_two_splits()
 
-    def refuse_pictures_in_two_splits(self) -> None:
+    def reject_pictures_in_two_splits(self) -> None:
         """By the PNG files' bytes, which all come from one encoder."""
         pictures = ((split, hash(path.read_bytes()), f"{split}/{path.name}") for split in SPLITS
                     for path in sorted((self.out / f"keras_png_slices_{split}").glob("*.png")))
@@ -411,7 +414,7 @@ def numbers(text: str) -> list[float]:
 
 def main() -> None:
     parser = Parser(prog="python -m tools.prepare",
-                    description="Makes slices of OASIS as it comes, split by person.",
+                    description="Makes slices of OASIS as it comes, split by subject.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="SOURCE", help="a disc's tar.gz, or a folder of "
@@ -427,7 +430,7 @@ def main() -> None:
         numbers, lambda r: len(r) == 3 and r[0] > 0 and min(r) >= 0 and abs(sum(r) - 1) < 1e-6,
         "three shares that add up to 1, such as 0.85,0.10,0.05"),
         default=",".join(map(str, RATIOS)), metavar="T,V,S",
-        help="shares of the people in train, validate and test, unless the source has splits")
+        help="fractions of the subjects in train, validate and test, unless the source has splits")
     add("--seed", type=natural, default=0, metavar="K", help="who goes to which split")
     add("--workers", type=positive_int, default=os.cpu_count(), metavar="N",
         help="volumes in memory at a time, one per worker")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from utils.device import out_of_memory
 
-EVAL_SEED = 2**31  # far from the seeds that people give their slices
+EVAL_SEED = 2**31  # far from the seeds of slices
 
 
 class UserError(Exception):

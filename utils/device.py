@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: a CPU's allocator raises a plain RuntimeError, told by its text."""
+    """Whether memory ran out; a CPU's allocator raises a RuntimeError with a message of its own."""
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
         re.search("out of memory|allocate memory|not enough memory|ALLOC_FAILED", str(error)))
 
