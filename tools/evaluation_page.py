@@ -48,7 +48,7 @@ def heading(result: dict) -> str:
     height, width = result["size"]
     drawn = f", {result['sampler']} {result['steps']} steps" if "sampler" in result else ""
     return (f"{result['model']}{drawn}: {result['num']} slices of {height}x{width} pixels beside "
-            f"the train split of {result['data']}")
+            f"the train split of {Path(result['data']).name}")
 
 
 def draw_spectrum(axes, curves: dict) -> None:

@@ -3,7 +3,7 @@
     python -m tools.figures --data ROOT --run RUN
 
 ROOT holds the real slices that stand beside generated ones, RUN is the run folder of the shipped
-64-pixel model (for its loss curve and samples). Without them, their figures stay as they are.
+64-pixel model (for its loss curve). Without them, their figures stay as they are.
 """
 
 import shutil
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from PIL import Image
 
 from dataset import Slices, draw_phantom, load_splits, subject_of, phantom_slices
 from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels
@@ -192,20 +191,6 @@ def draw_conditions(model: Model) -> None:
     figure.savefig(IMAGES / "conditions.png", dpi=120)
 
 
-def draw_progress(run: Path, size: tuple[int, int], rows: int = 5) -> None:
-    """The first four samples of a run at some of its saves, one save a row."""
-    paths = sorted((run / "samples").glob("step_*.png"))
-    chosen = np.unique(np.geomspace(1, len(paths), rows).round().astype(int)) - 1
-    height, width = size[0] + 1, 4 * (size[1] + 1) + 1
-    figure, axes = plt.subplots(len(chosen), 1, figsize=(5.2, 1.32 * len(chosen)),
-                                layout="constrained")
-    for panel, path in zip(axes, (paths[index] for index in chosen)):
-        panel.imshow(np.asarray(Image.open(path))[:height, :width], cmap="gray", vmin=0, vmax=255)
-        panel.set_axis_off()
-        panel.set_title(f"step {int(path.stem[5:]):,}", fontsize=9, loc="left")
-    figure.savefig(IMAGES / "progress.png", dpi=110)
-
-
 def draw_slices(model: Model, num: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """The slices of the first seeds as predict.py samples them, and the first one's states."""
     states = []
@@ -239,7 +224,6 @@ def main() -> None:
         draw_blind(slices, args.data)
     if args.run:
         shutil.copy(args.run / "loss.png", IMAGES / "loss.png")
-        draw_progress(args.run, model.net.config.sample_size)
     write_tables()
 
 
