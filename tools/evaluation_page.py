@@ -159,7 +159,7 @@ def draw_comparison(figure, compared: list[dict]) -> None:
             unit = rows[0][1]["floor"] if rows and name == "frechet" else None
             axes.plot([calls for calls, _ in rows], [row["value"] / (unit or 1) for _, row in rows],
                       "o-", label=sampler)
-        if rows and rows[0][1]["interval"]:
+        if rows and rows[0][1].get("interval"):
             axes.axhspan(*(end / (unit or 1) for end in rows[0][1]["interval"]), color=REAL,
                          alpha=0.25, lw=0)
         axes.set(xlabel="network calls a slice", ylim=(0, None))

@@ -6,6 +6,7 @@ ROOT holds the real slices that stand beside generated ones, RUN is the run fold
 64-pixel model (for its loss curve). Without them, their figures stay as they are.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from dataset import Slices, draw_phantom, load_splits, subject_of, phantom_slices
 from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels
 from predict import STRIP_LENGTH, Model, Slice, generate, load_model
+from tools.evaluation_page import draw_comparison
 from tools.tables import ROOT, write_tables
 from tools.volumes import Cutting, cut_volume, upright
 from utils.checkpoint import SHIPPED
@@ -144,7 +146,7 @@ def real_slices(data: Path, size: tuple[int, int], subjects: int) -> Slices:
     return test[np.array(chosen)].cpu()
 
 
-def draw_comparison(generated: torch.Tensor, data: Path, name: str) -> None:
+def draw_rows(generated: torch.Tensor, data: Path, name: str) -> None:
     """Unpicked generated slices below, a few real ones (one per subject of test) above."""
     height, width = generated.shape[-2:]
     real = real_slices(data, (height, width), 8)
@@ -191,6 +193,14 @@ def draw_conditions(model: Model) -> None:
     figure.savefig(IMAGES / "conditions.png", dpi=120)
 
 
+def draw_samplers() -> None:
+    """Quality against network calls, from docs/samplers.json."""
+    compared = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))["compare"]
+    figure = plt.figure(figsize=(10, 2.8), layout="constrained")
+    draw_comparison(figure, compared)
+    figure.savefig(IMAGES / "samplers.png", dpi=110)
+
+
 def draw_slices(model: Model, num: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """The slices of the first seeds as predict.py samples them, and the first one's states."""
     states = []
@@ -218,12 +228,13 @@ def main() -> None:
     native = load_model(SHIPPED["native"], CPU)
     draw_conditions(native)
     if args.data:
-        draw_comparison(generated, args.data, "real_and_generated.png")
+        draw_rows(generated, args.data, "real_and_generated.png")
         slices = draw_slices(native)[0]
-        draw_comparison(slices, args.data, "native.png")
+        draw_rows(slices, args.data, "native.png")
         draw_blind(slices, args.data)
     if args.run:
         shutil.copy(args.run / "loss.png", IMAGES / "loss.png")
+    draw_samplers()
     write_tables()
 
 
