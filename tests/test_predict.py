@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 import predict
 from dataset import draw_phantom
-from modules import (QUALITY, Denoiser, NoiseScheduler, SamplerConfig, make_scheduler_config,
-                     noise_levels, reverse_process, sample, seed_height, seeded_noise)
+from modules import (QUALITY, Denoiser, LabelConfig, NoiseScheduler, SamplerConfig,
+                     make_scheduler_config, noise_levels, reverse_process, sample, seed_height,
+                     seeded_noise)
 from predict import Slice, generate, load_model, slice_noise
 from tools.volumes import upright
 from train import finish, train
@@ -96,7 +97,7 @@ def test_a_guide_that_is_the_model_changes_nothing_and_the_other_options_do(ship
         same = draw(shipped, [1], guide=shipped.net, guidance=guidance,
                     guidance_interval=interval)
         assert np.abs(plain[1] - same[1]).max() <= 1  # rounding
-    weaker = draw(shipped, [1], guide=lambda x, t: torch.zeros_like(x),
+    weaker = draw(shipped, [1], guide=lambda x, t, labels: torch.zeros_like(x),
                   guidance=1.2)
     scaled = draw(shipped, [1], epsilon_scale=1.02)
     for changed in (weaker, scaled):
@@ -384,7 +385,7 @@ def test_a_filled_region_follows_what_is_around_it():
     torch.testing.assert_close(drawn[0], image, rtol=0, atol=0.1)
 
 
-def test_wrong_use_is_one_line(tiny, picture, tmp_path, refused):
+def test_wrong_use_is_one_line(tiny, picture, tmp_path, refused, make_run):
     def attempt(args, *words):
         refused("predict.py", ["--checkpoint", tiny.checkpoint, "--steps", 2, "--num", 1, *args],
                 *words)
@@ -406,7 +407,11 @@ def test_wrong_use_is_one_line(tiny, picture, tmp_path, refused):
     attempt(["--stack", "--position", "0.5"], "--stack", "--position")
     attempt(["--stack", "--interpolate", "1", "2"], "--stack", "--interpolate")
     attempt(["--interpolate", "1", "2", "--seed", "4"], "--interpolate", "--seed")
-    refused("predict.py", ["--model", "64", "--stack"], "--stack", "without heights")
-    refused("predict.py", ["--model", "64", "--class", "CDR 1"], "--class", "without classes")
+    plain = make_run("unconditional", labels=LabelConfig(), augment=0.0)
+    plain.export()
+    for args, *words in ((["--stack"], "--stack", "without heights"),
+                         (["--class", "CDR 1"], "--class", "without classes"),
+                         (["--guidance", "2"], "--guidance", "--guide")):
+        refused("predict.py", ["--checkpoint", plain.folder, *args], *words)
     refused("predict.py", ["--model", "native", "--init", path], "picture.png", "16x16", "176x208")
     refused("tools.evaluate", ["--data", tmp_path, "--position", "all"], "--position all")

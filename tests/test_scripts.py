@@ -81,7 +81,6 @@ def test_train_names_bad_slices(data, tmp_path, refused):
     (["--sigma-min", "0", "--sigma-max", "0.001"], ["--sigma-min", "training"]),
     (["--quality", "best", "--sampler", "ddim"], ["--quality", "--sampler"]),
     (["--quality", "great"], ["--quality", "great"]),
-    (["--model", "64", "--guidance", "2"], ["--guidance", "--guide"]),
     (["--model", "64", "--guidance-interval", "0", "1"], ["--guidance-interval", "--guide"]),
     (["--guide", "nowhere"], ["--guide nowhere"]),
     (["--guide", "text.pt"], ["text.pt", "damaged"]),
