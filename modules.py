@@ -386,15 +386,10 @@ class LabelConfig:
                          if augmentations is None else augmentations)
         return torch.cat(parts, dim=1) if parts else None
 
-    def for_seeds(self, seeds: list[int], height: float | None = None, class_: str | None = None
-                  ) -> Tensor | None:
-        """Label vectors for sampling, float32 (len(seeds), dim) on the CPU.
-
-        Without a height, each seed has its own, uniformly distributed as in training.
-        """
-        heights = [seed_height(seed) if height is None else height for seed in seeds]
-        index = -1 if class_ is None else self.classes.index(class_)
-        return self.encode(torch.tensor(heights), torch.full((len(seeds),), index))
+    def for_seeds(self, seeds: list[int]) -> Tensor | None:
+        """Label vectors, float32 (len(seeds), dim) on the CPU: each seed's height, and no class."""
+        heights = torch.tensor([seed_height(seed) for seed in seeds])
+        return self.encode(heights, torch.full((len(seeds),), -1))
 
 
 # ---------------------------------------------------------------------------------------------

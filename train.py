@@ -98,8 +98,8 @@ class TrainConfig:
     extended: tuple = ()
 
 
-# Sources of the values: README, "Training". Every preset folds 2x2 pixel blocks, so that the
-# finest level of the 64-pixel net works at 32x32, the size of the CIFAR nets of Ho et al.
+# Sources of the values: README, "Training", and docs/experiments.md. Patches of 2x2 pixels let the
+# finest level of the 64-pixel net work at 32x32, the size of the CIFAR nets of Ho et al.
 COMMON = dict(attention_up_to=16, dropout=[0.0], patch_size=2, final_channels=0,
               refine_channels=0, schedule="cosine", noise_distribution="log-normal", p_mean=-1.2,
               p_std=1.2, augment=0.0, condition=["height", "class"], ema_short=0.0)

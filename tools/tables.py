@@ -7,37 +7,17 @@ import json
 import re
 from pathlib import Path
 
+from tools.evaluation_page import TITLES, number
 from utils.cli import Parser, run_cli
 from utils.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-TITLES = {
-    "spectrum": "sharpness: spectrum, mean \\|log2 ratio\\|",
-    "kid": "KID",
-    "frechet": "Frechet distance (PCA)",
-    "two_sample": "two-sample test, accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "ms_ssim": "MS-SSIM between slices of one height",
-    "brain_area": "brain area, distance in SD",
-    "fluid": "share of fluid, distance in SD",
-    "symmetry": "left-right symmetry, distance in SD",
-    "grey_levels": "grey-level histogram, difference",
-    "corners": "background, grey levels in the corners",
-    "memorisation": "share nearer to train than 99% of unseen",
-}
 
 
 def evaluation(name: str) -> dict:
     return json.loads((ROOT / "weights" / f"oasis-{name}.evaluation.json").read_text("utf-8"))
-
-
-def number(value: float) -> str:
-    """Three decimals below 10, one above, and no minus before zero."""
-    text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    return text.lstrip("-") if float(text) == 0 else text
 
 
 def table(rows: list[list[str]]) -> str:
@@ -58,8 +38,7 @@ def glance() -> str:
     return table([["400 slices; in parentheses: unseen real subjects", *models],
                   ["KID", *cells("kid", "{value} ({floor})")],
                   ["Frechet distance", *cells("frechet", "{value} ({floor})")],
-                  ["sharpness: spectrum, mean \\|log2 ratio\\|",
-                   *cells("spectrum", "{value} ({floor})")],
+                  ["spectrum, mean \\|log2 ratio\\|", *cells("spectrum", "{value} ({floor})")],
                   ["precision", *cells("precision", "{value} ({floor})")],
                   ["copies beyond what unseen subjects show", *copies]])
 
@@ -68,8 +47,8 @@ def quality() -> str:
     """All measures of both models, with the floors' intervals."""
     native, small = (evaluation(name)["measures"] for name in ("native", "64"))
     rows = [["measure", "native", "floor (95% interval)", "64 px", "floor (95% interval)"]]
-    for name, title in TITLES.items():
-        rows.append([title])
+    for name in native:
+        rows.append([TITLES[name].replace("|", "\\|")])
         for found in (native[name], small[name]):
             low, high = map(number, found["interval"])
             rows[-1] += [number(found["value"]), f"{number(found['floor'])} ({low} to {high})"]
