@@ -106,8 +106,9 @@ def draw_unet(config: UNetConfig) -> None:
     box(axes, 4, bottom, "middle: residual block, attention,\nresidual block", colours[last], 2.9)
     arrow(axes, (shift, bottom + 0.86), (2.5, bottom + 0.1))
     arrow(axes, (5.5, bottom + 0.1), (8 - shift, bottom + 0.86))
-    box(axes, 4, 1.3, "timestep t: sinusoids, 2-layer MLP\nadded in every residual block",
-        "#eeeeee", 2.9)
+    label = "; label: linear layer" if config.label_dim else ""
+    box(axes, 4, 1.3, f"timestep t: sinusoids, 2-layer MLP{label}\nadded in every residual block",
+        "#eeeeee", 3.4)
     arrow(axes, (4, 0.86), (4, 0.3), linestyle=":")
     axes.set(xlim=(-1.6, 9.6), ylim=(bottom - 0.6, 1.9),
              title=f"UNet of the 64-pixel model: {count / 1e6:.1f} M parameters")
