@@ -194,6 +194,27 @@ def draw_conditions(model: Model) -> None:
     figure.savefig(IMAGES / "conditions.png", dpi=120)
 
 
+def draw_features(model: Model) -> None:
+    """A stack, an interpolation, a slice denoised again, and a region filled in, a row each."""
+    height, width = model.net.config.sample_size
+    [(images, _)] = generate(model, [Slice(3, 0.6)], batch_size=1)
+    mask = torch.zeros(1, height, width, dtype=torch.bool)
+    mask[:, height // 3:2 * height // 3, width // 3:2 * width // 3] = True
+    steps, seeds = np.linspace(0, 1, 8).tolist(), [Slice(seed, 0.6) for seed in range(8)]
+    rows = {"--stack": ([Slice(5, step) for step in steps], {}),
+            "--interpolate": ([Slice(3, 0.6, None, 17, step) for step in steps], {}),
+            "--init": (seeds, dict(init=images[0], strength=0.4)),
+            "--mask": (seeds, dict(init=images[0], mask=mask))}
+    figure, axes = plt.subplots(4, 8, figsize=(10.4, 6.1), layout="constrained")
+    for panels, (name, (slices, options)) in zip(axes, rows.items()):
+        [(images, _)] = generate(model, slices, batch_size=8, **options)
+        for panel, image in zip(panels, images):
+            show(panel, image)
+        panels[0].text(-0.1, 0.5, name, rotation=90, va="center", ha="center", fontsize=8,
+                       transform=panels[0].transAxes)
+    figure.savefig(IMAGES / "features.png", dpi=110)
+
+
 def draw_samplers() -> None:
     """Quality against network calls, from docs/samplers.json."""
     compared = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))["compare"]
@@ -228,6 +249,7 @@ def main() -> None:
     save_grid(states[shown], IMAGES / "reverse.png", columns=STRIP_LENGTH)
     native = load_model(SHIPPED["native"], CPU)
     draw_conditions(native)
+    draw_features(native)
     if args.data:
         draw_rows(generated, args.data, "real_and_generated.png")
         slices = draw_slices(native)[0]
