@@ -529,11 +529,12 @@ class NoiseScheduler:
     The tables (`betas`, `alphas_cumprod`, (T,), on the CPU) are float64, never changed, and
     never cast to an image's type: in bfloat16, the first alphas_cumprod would round to 1 and
     leave whole timesteps without noise. `alphas_cumprod[t]` is the paper's alpha-bar of t + 1.
+    betas: (T,) float64, for a table other than that of the config.
     """
 
-    def __init__(self, config: SchedulerConfig):
+    def __init__(self, config: SchedulerConfig, betas: Tensor | None = None):
         self.config = config
-        self.betas = make_betas(config)
+        self.betas = make_betas(config) if betas is None else betas
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         # Between timesteps, the angle phi = arctan(sigma) of Salimans & Ho 2022, appendix D, is

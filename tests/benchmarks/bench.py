@@ -63,7 +63,8 @@ def _serve(pipe, make: Callable, device: torch.device, settings: dict) -> None:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current card
     try:
-        step = make(device, **settings)
+        made = make(device, **settings)
+        step = getattr(made, "step", made)
         for _ in range(3):
             step()
         synchronize(device)

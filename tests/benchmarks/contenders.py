@@ -5,6 +5,9 @@ Ours is train.py itself. The others get the same net where they can (diffusers: 
 the same uint8 slices, and their own loop, optimiser and EMA weights.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import modules
 import numpy as np
 import torch
@@ -61,22 +64,58 @@ def ours(device: torch.device, size: int, batch_size: int, options: tuple[str, .
     return run.train_step
 
 
+class Training(NamedTuple):
+    """A loop of another project: one step, and what is needed to sample from its EMA weights.
+
+    net: the EMA model, a callable as `Denoiser` takes it; scheduler: its noise levels;
+    parameters: how many it has; patch: side of the pixel blocks that are folded into channels.
+    """
+
+    step: Callable[[], float]
+    net: Callable[[], Callable]
+    scheduler: NoiseScheduler
+    parameters: int
+    patch: int
+
+
 def _random_batch(images: torch.Tensor, batch_size: int, patch: int, device) -> torch.Tensor:
     """A batch in [-1, 1], pixel blocks folded: what a DataLoader of theirs would have ready."""
     batch = images[torch.randint(len(images), (batch_size,))].to(device)[:, None]
     return F.pixel_unshuffle(batch.float() / 127.5 - 1, patch)
 
 
+def _unfolded(net: Callable, patch: int) -> Callable:
+    """A net on folded pixels, as one on images."""
+    return lambda x, t: F.pixel_shuffle(net(F.pixel_unshuffle(x, patch), t), patch)
+
+
+def diffusers_own_net(size: int) -> torch.nn.Module:
+    """The net of train_unconditional.py, for one channel."""
+    from diffusers import UNet2DModel
+    return UNet2DModel(
+        sample_size=size, in_channels=1, out_channels=1, layers_per_block=2,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4)
+
+
 def diffusers_training(device: torch.device, size: int, batch_size: int, precision: str,
-                       compiled: bool = False, channels_last: bool = False):
-    """examples/unconditional_image_generation/train_unconditional.py with --use_ema."""
+                       compiled: bool = False, channels_last: bool = False,
+                       images: torch.Tensor | None = None, own_net: bool = False) -> Training:
+    """examples/unconditional_image_generation/train_unconditional.py with --use_ema.
+
+    images: uint8 (N, H, W), for None phantoms; own_net: its default net rather than one like ours.
+    """
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
     config = our_configs(size, batch_size, device)[0]
-    model = diffusers_net(config)
+    patch = 1 if own_net else config.patch_size
+    model = diffusers_own_net(size) if own_net else diffusers_net(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    images = torch.from_numpy(uint8_slices(size)) if images is None else images
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0,
                    power=0.75)
     if channels_last:
@@ -84,16 +123,15 @@ def diffusers_training(device: torch.device, size: int, batch_size: int, precisi
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999),
                                   weight_decay=1e-6, eps=1e-8)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500,
-                                 num_training_steps=100_000)
+                                 num_training_steps=100 * -(-len(images) // batch_size))
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     ema.to(device)
     if compiled:
         model = torch.compile(model)
     scheduler, weight_dtype = DDPMScheduler(), TYPES[precision]
-    images = torch.from_numpy(uint8_slices(size))
 
     def step():
-        clean = _random_batch(images, batch_size, config.patch_size, device).to(weight_dtype)
+        clean = _random_batch(images, batch_size, patch, device).to(weight_dtype)
         noise = torch.randn(clean.shape, dtype=weight_dtype, device=device)
         timesteps = torch.randint(0, 1000, (batch_size,), device=device).long()
         noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -107,7 +145,13 @@ def diffusers_training(device: torch.device, size: int, batch_size: int, precisi
             optimizer.zero_grad()
         ema.step(model.parameters())
         return loss.detach().item()  # their progress bar
-    return step
+
+    def averaged() -> Callable:
+        ema.copy_to(model.parameters())
+        model.eval().requires_grad_(False)
+        return _unfolded(lambda x, t: model(x, t).sample, patch)
+    linear = NoiseScheduler(make_scheduler_config("linear", 1000, "epsilon"))
+    return Training(step, averaged, linear, parameters, patch)
 
 
 def ddp_net(config: UNetConfig):
@@ -124,22 +168,31 @@ def ddp_net(config: UNetConfig):
     return net, channels, size, count_flops(net, channels, size)
 
 
-def ddp_training(device: torch.device, size: int, batch_size: int, precision: str):
-    """denoising-diffusion-pytorch's Trainer.train, its defaults; --amp with bf16 where told."""
+def ddp_training(device: torch.device, size: int, batch_size: int, precision: str,
+                 images: torch.Tensor | None = None, own_net: bool = False) -> Training:
+    """denoising-diffusion-pytorch's Trainer.train, its defaults; its amp for other precisions.
+
+    images: uint8 (N, H, W), for None phantoms; own_net: the net of its README rather than one of
+    the FLOPs of ours.
+    """
     from accelerate import Accelerator
-    from denoising_diffusion_pytorch import GaussianDiffusion
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
     config = our_configs(size, batch_size, device)[0]
-    net, _, side, _ = ddp_net(config)
+    net, _, side, _ = (Unet(64, dim_mults=(1, 2, 4, 8), channels=1), 1, size, 0) if own_net else \
+        ddp_net(config)
+    patch = size // side
     diffusion = GaussianDiffusion(net, image_size=side)
+    parameters, betas = sum(p.numel() for p in net.parameters()), diffusion.betas.double()
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10).to(device)
     diffusion, optimizer = accelerator.prepare(diffusion, optimizer)
-    images = torch.from_numpy(uint8_slices(size))
+    images = torch.from_numpy(uint8_slices(size)) if images is None else images
+    images = torch.cat([images, images.flip(-1)])  # its augment_horizontal_flip
 
     def step():
-        data = (_random_batch(images, batch_size, config.patch_size, device) + 1) / 2
+        data = (_random_batch(images, batch_size, patch, device) + 1) / 2
         with accelerator.autocast():
             loss = diffusion(data)
         total = loss.item()  # theirs, for the progress bar
@@ -149,7 +202,11 @@ def ddp_training(device: torch.device, size: int, batch_size: int, precision: st
         optimizer.zero_grad()
         ema.update()
         return total
-    return step
+
+    def averaged() -> Callable:
+        return _unfolded(ema.ema_model.model.eval().requires_grad_(False), patch)
+    sigmoid = NoiseScheduler(make_scheduler_config("cosine"), betas)
+    return Training(step, averaged, sigmoid, parameters, patch)
 
 
 def convolution(device: torch.device, channels: int, size: int, batch_size: int, dtype: str):
