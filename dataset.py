@@ -24,7 +24,6 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -34,16 +33,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from utils.cli import UserError, progress_bar
-from utils.files import locked, write_atomic, write_json
+from utils.cache import cache_folder, cached_images
+from utils.cli import UserError
+from utils.files import write_json
+from utils.images import (IMAGES, BadSlice, BadSlices, fit, images_in, in_parallel,
+                          listing, read_gray, read_mr_slice)
 
 SPLITS = ("train", "validate", "test")
 RATIOS = (0.85, 0.10, 0.05)  # near the 9,664 / 1,120 / 544 slices of the report's set
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
-IMAGES = ", ".join(sorted(EXTENSIONS))
 SUBJECT = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
-LARGEST_SIDE = 8192  # pixels; larger images are rejected, since padding them would exhaust memory
-CACHE_LIMIT = 32 * 2**30  # bytes of decoded slices; the least recently used are removed first
 CACHE_VERSION = 3  # increase it when the same files decode to other pixels or are rejected
 
 # ---------------------------------------------------------------------------------------------
@@ -91,18 +89,6 @@ def class_finder(root: Path) -> Callable[[Path], str]:
         if str(row.get("case")).isdigit():
             of_case[f"case_{int(row['case']):03d}"] = rating[0] if rating else stated or ""
     return lambda path: of_case.get(subject_of(path), "")
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Image files directly in `folder`, sorted by name, hidden ones left out.
-
-    Raises UserError if the folder cannot be listed.
-    """
-    try:
-        return sorted(path for path in folder.iterdir()
-                      if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
 
 
 def find_slices(root: Path) -> dict[str, list[Path]]:
@@ -187,159 +173,13 @@ def subjects_in_two_splits(pairs: Iterable[tuple[str, str | None]]) -> list[str]
 
 
 # ---------------------------------------------------------------------------------------------
-# Decoding and checking
+# Decoding and caching
 # ---------------------------------------------------------------------------------------------
-
-
-class BadSlice(UserError):
-    """A file that cannot be used as a slice: the reason, and how to fix it."""
-
-    def __init__(self, path: Path | str, what: str, fix: str = "replace or remove it"):
-        super().__init__(f"{path}: {what}; {fix}")
-        self.path, self.what, self.fix = path, what, fix
-
-
-class BadSlices(UserError):
-    """Several bad slices: their number, up to ten names, and how to fix them."""
-
-    def __init__(self, bad: list[BadSlice], total: int, unit: str = "images"):
-        fixes = "; ".join(dict.fromkeys(b.fix for b in bad))
-        super().__init__((f"{bad[0].path}: {bad[0].what}" if len(bad) == 1 else
-                          f"{len(bad)} of {total} {unit} cannot be used: {listing(bad)}")
-                         + f"; {fixes}; or give --skip-bad to ignore them")
-        self.bad = bad
-
-
-def listing(bad: list[BadSlice]) -> str:
-    """Up to ten files with the reasons why they are rejected."""
-    return "; ".join(f"{b.path} ({b.what})" for b in bad[:10]) + "; ..." * (len(bad) > 10)
-
-
-def need_plain_file(path: Path) -> None:
-    """Raises BadSlice for a broken link, or a pipe, which would block."""
-    if not os.path.isfile(path):
-        raise BadSlice(path, "cannot be read (a broken link, or not a regular file)")
-
-
-def read_gray(path: Path) -> Image.Image:
-    """Reads an image file as mode L, or F in [0, 255] for 16 bits (65535 is white).
-
-    Raises BadSlice if the file is not a complete grey image of 8 or 16 bits.
-    """
-    need_plain_file(path)
-    try:
-        with Image.open(path) as image:
-            if max(image.size) > LARGEST_SIDE:
-                raise BadSlice(path, f"has a side of {max(image.size)} pixels; slices have at "
-                                     f"most {LARGEST_SIDE}")
-            image.load()
-            return to_gray(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else \
-            getattr(error, "strerror", None) or error
-        raise BadSlice(path, f"cannot be read ({reason})") from None
-
-
-def to_gray(image: Image.Image) -> Image.Image:
-    """Converts any mode to L, or to F in [0, 255] for 16 bits; transparent pixels become black.
-
-    Raises ValueError for pixels that are neither 8 nor 16 bits, or in colour.
-    """
-    if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image).astype(np.float32)
-        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError("its pixels have neither 8 nor 16 bits")
-        return Image.fromarray(pixels / 257)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    if image.mode not in ("L", "1"):
-        channels = np.asarray(image.convert("RGB"))
-        # JPEG may add slight colours to grey images.
-        if np.mean(np.ptp(channels, axis=2) > 24) > 1e-3:
-            raise ValueError("it is a colour image, such as an overlay or a screenshot")
-    return image.convert("L")
-
-
-def is_label_map(pixels: np.ndarray) -> bool:
-    """Whether an image, (..., H, W) from 0 on, has only a few grey levels, as a segmentation map.
-
-    Pixels are scaled so that the 99th percentile of those above 0 is white; a maximum would depend
-    on a few bright vessels. Of the pixels above the background, the five most frequent bands of 7
-    of 256 levels hold at most 46% in each of 5,760 OASIS slices, at most 71% in phantoms, and
-    nearly all in segmentation maps (JPEG and resizing blur their edges).
-    """
-    inside = pixels[pixels > 0]
-    white = np.percentile(inside, 99) if inside.size else 1
-    levels = np.rint((pixels * (255 / white)).clip(0, 255)).astype(np.uint8)
-    counts = np.bincount(levels.ravel(), minlength=256)
-    counts[:8] = 0  # the background, with JPEG artefacts
-    total, held = counts.sum(), 0
-    for _ in range(5):
-        bands = np.convolve(counts, np.ones(7, int), "same")
-        held += bands.max()
-        counts[max(0, bands.argmax() - 3):bands.argmax() + 4] = 0
-    return held > 0.85 * total
-
-
-def check_slice(pixels: np.ndarray, path: Path | str, few_levels: bool = False) -> None:
-    """Raises BadSlice for an image, in the file's own size, that is not an MR slice.
-
-    few_levels: whether to accept images with few grey levels.
-    """
-    if pixels.min() == pixels.max():
-        what = "is entirely black" if pixels.max() == 0 else "has a single grey level"
-        raise BadSlice(path, what, "remove empty slices")
-    if not few_levels and is_label_map(pixels):
-        raise BadSlice(path, "has few grey levels, as a segmentation map",
-                       "give the folder of MR slices, such as keras_png_slices_train, not "
-                       "keras_png_slices_seg_train, or --few-levels if they are MR slices")
-
-
-def fit(image: Image.Image, image_size: int | None) -> np.ndarray:
-    """An image of mode L or F -> uint8 (S, S) for an image size S, or (H, W) as it is for None.
-
-    The slice is made square by black padding, never squashed, then resized by an antialiased
-    bicubic filter (a wider one would ring into the black background).
-    """
-    if image_size is not None:
-        side = max(image.size)
-        square = Image.new(image.mode, (side, side))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(image).round().clip(0, 255).astype(np.uint8)
-
-
-def read_slice(path: Path, few_levels: bool = False) -> Image.Image:
-    """An image file as `read_gray` gives it, checked as by `check_slice`. Raises BadSlice."""
-    image = read_gray(path)
-    check_slice(np.asarray(image), path, few_levels)
-    return image
 
 
 def decode(path: Path, image_size: int | None, few_levels: bool = False) -> np.ndarray:
     """One image file -> uint8 (S, S), or (H, W) for None; see `fit`. Raises BadSlice."""
-    return fit(read_slice(path, few_levels), image_size)
-
-
-def in_parallel(work: Callable, items: list, desc: str) -> Iterator:
-    """Yields work(item) in order, with a progress bar; a BadSlice is yielded, not raised."""
-    def attempt(item):
-        try:
-            return work(item)
-        except BadSlice as error:
-            return error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, \
-            progress_bar(len(items), desc, "slice") as bar:
-        for result in pool.map(attempt, items):
-            bar.update()
-            yield result
-
-
-# ---------------------------------------------------------------------------------------------
-# Decoding and caching a set
-# ---------------------------------------------------------------------------------------------
+    return fit(read_mr_slice(path, few_levels), image_size)
 
 
 def decode_all(files: list[Path], image_size: int | None, few_levels: bool = False
@@ -382,53 +222,14 @@ def cache_file(files: list[Path], image_size: int | None, cache: Path | None,
     return (cache or cache_folder()) / f"{key[:24]}.npy"
 
 
-def cache_folder() -> Path:
-    """The default folder for decoded slices and their features."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home, "oasis-diffusion")
-
-
 def load_images(files: list[Path], image_size: int | None, cache: Path | None = None,
                 few_levels: bool = False) -> tuple[np.ndarray, int]:
     """The slices as one uint8 (N, H, W), decoded once and cached on disk, and their CRC-32.
 
-    A cache file whose checksum is wrong is decoded again. One process decodes to disk while others
-    wait, and all map the file into memory. Raises UserError as `decode_all` does.
+    Raises UserError as `decode_all` does.
     """
-    kept = cache_file(files, image_size, cache, few_levels)
-    try:
-        with locked(kept.with_suffix(".lock")) if not kept.exists() else contextlib.nullcontext():
-            if not kept.exists():
-                write_atomic(kept, partial(_write_cache, files, image_size, few_levels))
-                prune_cache(kept.parent)
-        return _read_cache(kept)
-    except (BadSlice, BadSlices):
-        raise
-    except (ValueError, EOFError):
-        print(f"warning: {kept} is damaged; decoding again", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            kept.unlink()
-            return load_images(files, image_size, cache, few_levels)
-    except (OSError, UserError) as error:
-        print(f"warning: no cache, the slices will be decoded again next time: {error}",
-              file=sys.stderr)
-    images = np.stack(list(decode_all(files, image_size, few_levels)))
-    return images, zlib.crc32(images)
-
-
-def prune_cache(folder: Path, limit: int | None = None) -> None:
-    """Removes the least recently used sets of decoded slices while all take more than `limit`
-    bytes; never the newest one."""
-    limit = CACHE_LIMIT if limit is None else limit
-    with contextlib.suppress(OSError):
-        sets = sorted(((path.stat().st_mtime_ns, path.stat().st_size, path)
-                       for path in folder.glob("*.npy")
-                       if re.fullmatch("[0-9a-f]{24}", path.stem)), reverse=True)
-        total = 0
-        for index, (_, size, path) in enumerate(sets):
-            total += size
-            if index and total > limit:
-                path.unlink()
+    return cached_images(cache_file(files, image_size, cache, few_levels),
+                         lambda: decode_all(files, image_size, few_levels), len(files))
 
 
 def without_bad(files: list[Path], image_size: int | None, cache: Path | None = None,
@@ -438,7 +239,7 @@ def without_bad(files: list[Path], image_size: int | None, cache: Path | None = 
     try:
         bad = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        read = in_parallel(partial(read_slice, few_levels=few_levels), files, "checking")
+        read = in_parallel(partial(read_mr_slice, few_levels=few_levels), files, "checking")
         bad = {path.name: found.what for path, found in zip(files, read)
                if isinstance(found, BadSlice)}
         with contextlib.suppress(UserError):
@@ -448,29 +249,6 @@ def without_bad(files: list[Path], image_size: int | None, cache: Path | None = 
               + listing([BadSlice(files[0].parent / name, what) for name, what in bad.items()]),
               file=sys.stderr)
     return [path for path in files if path.name not in bad]
-
-
-def _write_cache(files: list[Path], image_size: int | None, few_levels: bool, file) -> None:
-    """Decodes into a .npy file, image by image, and puts the CRC-32 of the array behind it."""
-    crc = 0
-    for index, image in enumerate(decode_all(files, image_size, few_levels)):
-        if index == 0:
-            np.lib.format.write_array_header_1_0(file, {
-                "descr": "|u1", "fortran_order": False, "shape": (len(files), *image.shape)})
-        file.write(image)
-        crc = zlib.crc32(image, crc)
-    file.write(crc.to_bytes(4, "little"))
-
-
-def _read_cache(path: Path) -> tuple[np.ndarray, int]:
-    """The array of a cache file and its CRC-32. Raises ValueError or EOFError if damaged."""
-    images = np.load(path, mmap_mode="c", allow_pickle=False)  # shared until written
-    crc = zlib.crc32(images)
-    if np.fromfile(path, "<u4", offset=path.stat().st_size - 4)[0] != crc:
-        raise ValueError("not what was written")
-    with contextlib.suppress(OSError):  # for `prune_cache`
-        os.utime(path)
-    return images, crc
 
 
 # ---------------------------------------------------------------------------------------------

@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import BadSlice, fit, read_gray
-from dataset import read_slice as read_checked_slice
 from modules import (DEFAULT_STEPS, QUALITY, SAMPLERS, SPACINGS, Denoiser, LabelConfig,
                      NoiseScheduler, SamplerConfig, SchedulerConfig, UNet, UNetConfig,
                      noise_levels, sample, seed_height, seeded_noise)
@@ -35,6 +33,7 @@ from utils.device import choose_dtype, keep_freed_memory
 from utils.distributed import join_processes, local_device, on_all_ranks, rank, world_size
 from utils.files import (Manifest, read_slice, save_gif, save_grid, save_nifti, save_slice, sha256,
                          to_uint8, write_json)
+from utils.images import BadSlice, fit, read_gray, read_mr_slice
 
 position = checked(lambda text: text if text == "all" else float(text),
                    lambda v: v == "all" or 0 <= v <= 1, "a height from 0 to 1, or 'all'")
@@ -287,7 +286,7 @@ def read_init(args: argparse.Namespace, model: Model) -> dict:
             raise UserError(f"--{'mask' if args.mask else 'strength'} needs --init IMAGE")
         return {}
     height, width = model.net.config.sample_size
-    pictures = [read_checked_slice(args.init)] + ([read_gray(args.mask)] if args.mask else [])
+    pictures = [read_mr_slice(args.init)] + ([read_gray(args.mask)] if args.mask else [])
     for path, picture in zip((args.init, args.mask), pictures):
         if height != width and picture.size != (width, height) or picture.size != pictures[0].size:
             wanted = pictures[0].size if height == width else (width, height)

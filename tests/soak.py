@@ -81,7 +81,7 @@ def die_inside_a_save(call: int, halfway: bool) -> None:
         whole_write(path, half)
 
     whole_write = files.write_atomic
-    files.write_atomic = dataset.write_atomic = train.write_atomic = half_written
+    files.write_atomic = train.write_atomic = half_written
     checkpoint.write_atomic = half_written
     for name in ("fsync", "link", "unlink", "replace"):
         setattr(os, name, dying(getattr(os, name)))

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 import dataset
-from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, decode,
-                     draw_augmentations, draw_phantom, find_slices, fit, load_images, load_splits,
-                     subject_of, phantom_slices, read_gray)
+from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, decode, draw_augmentations,
+                     draw_phantom, find_slices, load_images, load_splits, phantom_slices,
+                     subject_of)
+from utils import cache as cache_module
 from utils.cli import UserError
 from utils.files import locked, to_uint8
+from utils.images import fit, images_in, is_label_map, read_gray
 
 CPU = torch.device("cpu")
 
@@ -74,7 +76,7 @@ def test_lossless_formats_and_any_case(tmp_path, name):
     array = ramp()
     path = write(tmp_path / name, array)
     assert (decode(path, None) == array).all()
-    assert dataset.images_in(tmp_path) == [path]
+    assert images_in(tmp_path) == [path]
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -230,7 +232,7 @@ def test_a_full_disk_is_no_reason_to_stop(counted, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
     files, cache, _ = counted
-    monkeypatch.setattr(dataset.np.lib.format, "write_array_header_1_0", full)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     assert len(load_images(files, 16, cache)[0]) == 3 and not list(cache.glob("*.npy*"))
     assert "No space left" in capsys.readouterr().err
 
@@ -444,7 +446,7 @@ def test_bright_vessels_make_no_label_map(tmp_path):
     pixels = np.zeros((100, 100), np.uint8)
     pixels[20:80, 20:80] = rng.integers(10, 26, (60, 60))
     pixels[30, 30:40] = 255
-    assert not dataset.is_label_map(pixels)
+    assert not is_label_map(pixels)
     labels = np.zeros((100, 100), np.uint8)
     labels[20:80, 20:80] = 60 * rng.integers(1, 4, (60, 60))
     Image.fromarray(labels).save(tmp_path / "case_001_slice_0.png")
@@ -483,10 +485,10 @@ def test_the_least_recently_used_sets_leave_the_cache(data, tmp_path, monkeypatc
     for age, size in enumerate((16, 18, 17)):
         os.utime(kept[size], (1e9 - age, 1e9 - age))
     load_images(files, 17, folder)  # now used last
-    monkeypatch.setattr(dataset, "CACHE_LIMIT", 2 * kept[18].stat().st_size)
-    dataset.prune_cache(folder)
+    monkeypatch.setattr(cache_module, "CACHE_LIMIT", 2 * kept[18].stat().st_size)
+    cache_module.prune_cache(folder)
     assert {size: path.exists() for size, path in kept.items()} == {16: True, 17: True, 18: False}
-    dataset.prune_cache(folder, 0)
+    cache_module.prune_cache(folder, 0)
     assert kept[17].exists() and (folder / "notes.npy").exists()
 
 

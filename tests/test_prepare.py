@@ -23,6 +23,7 @@ from tools import prepare, volumes
 from tools.volumes import T88_SHAPE, Cutting, cut_volume, upright
 from utils.cli import UserError
 from utils.files import locked
+from utils.images import BadSlice, check_slice, is_label_map
 
 DISC = ROOT.parent / "shared" / "oasis-disc" / "disc1" / "OAS1_0001_MR1"
 FEW = ["--slices", 4]
@@ -717,15 +718,15 @@ def test_no_real_slice_is_a_label_map_and_all_quantised_ones_are(oasis):
     assert len(files) == 5760
     for path in files:
         pixels = np.asarray(Image.open(path))
-        dataset.check_slice(pixels, path)
+        check_slice(pixels, path)
         for count in (3, 4, 5):
-            assert dataset.is_label_map(quantised(pixels, count)), (path, count)
+            assert is_label_map(quantised(pixels, count)), (path, count)
 
 
 def test_phantoms_are_slices_at_every_size():
     for size in (16, 32, 64, 128):
         for image in dataset.phantom_slices(size, 0, 4)[0]:
-            dataset.check_slice(image, "phantom")
+            check_slice(image, "phantom")
 
 
 # Damaged input -----------------------------------------------------------------------------------
@@ -774,7 +775,7 @@ def test_any_damage_ends_in_one_line_or_in_slices(tmp_path):
                 else:
                     volumes.cut_file(path, Cutting(4), str(path))
                 outcomes.append(None)
-            except dataset.BadSlice as error:
+            except BadSlice as error:
                 outcomes.append(str(error))
                 assert str(error).startswith(str(path)) and error.fix
     assert sum(outcome is not None for outcome in outcomes) > 120

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset import (BadSlice, Slices, images_in, in_parallel, load_splits, read_gray,
-                     slice_number)
+from dataset import Slices, load_splits, slice_number
 from modules import SAMPLERS, SPACINGS, SamplerConfig, noise_levels, seed_height
 from predict import (Model, Slice, add_sampling_options, check_labels, generate, load_model,
                      make_denoiser, option_error, sampler_config)
@@ -35,6 +34,7 @@ from utils.cli import EVAL_SEED, Parser, UserError, positive_int, progress_bar, 
 from utils.device import keep_freed_memory
 from utils.distributed import local_device
 from utils.files import to_uint8, write_json
+from utils.images import BadSlice, images_in, in_parallel, read_gray
 
 NUM = 400  # slices that are drawn
 

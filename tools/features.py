@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset import cache_folder
+from utils.cache import cache_folder
 from utils.cli import UserError, progress_bar
 from utils.files import write_atomic
 

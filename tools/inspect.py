@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import (BadSlice, BadSlices, find_slices, fit, in_parallel, in_two_splits, load_splits,
-                     read_slice, subject_finder, subject_of, subjects_in_two_splits)
+from dataset import (find_slices, in_two_splits, load_splits, subject_finder, subject_of,
+                     subjects_in_two_splits)
 from utils.cli import Parser, UserError, run_cli
 from utils.files import save_grid
+from utils.images import BadSlice, BadSlices, fit, in_parallel, read_mr_slice
 
 
 class Facts(NamedTuple):
@@ -37,7 +38,7 @@ def facts_of(image: Image.Image, kind: str) -> Facts:
 
 def survey(path: Path, few_levels: bool) -> Facts:
     """Reads and checks one file. Raises BadSlice."""
-    image = read_slice(path, few_levels)
+    image = read_mr_slice(path, few_levels)
     with Image.open(path) as header:
         bits = 16 if header.mode.startswith("I") else 8
         return facts_of(image, f"{image.width}x{image.height} {header.format} {bits} bits "

@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import (EXTENSIONS, IMAGES, RATIOS, SPLITS, SUBJECT, BadSlice, BadSlices,
-                     assign_splits, fit, in_two_splits, listing, read_cases, read_slice,
+from dataset import (RATIOS, SPLITS, SUBJECT, assign_splits, in_two_splits, read_cases,
                      slice_number, subject_of, subjects_in_two_splits, warn_of_unknown_subjects)
 from tools.volumes import T88, Cutting, cut_file
 from utils.cli import Parser, UserError, checked, natural, positive_int, progress_bar, run_cli
 from utils.files import locked, save_png, write_csv, write_json
+from utils.images import EXTENSIONS, IMAGES, BadSlice, BadSlices, fit, listing, read_mr_slice
 
 CASE_COLUMNS = ("case", "split", "person", "session", "class", "age", "sex", "cdr", "slices",
                 "source")
@@ -164,7 +164,7 @@ def cut_pictures(paths: list[Path], few_levels: bool = False
             if number in taken:
                 raise BadSlice(path, f"has the number of {taken[number]}",
                                "remove one of the two, or number them apart")
-            image = read_slice(path, few_levels)
+            image = read_mr_slice(path, few_levels)
             slices[number], taken[number] = fit(image, max(image.size)), path
         except BadSlice as error:
             bad.append(error)

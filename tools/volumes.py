@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from dataset import BadSlice, fit, is_label_map, need_plain_file
 from utils.cli import UserError
+from utils.images import BadSlice, fit, is_label_map, need_plain_file
 
 # What OASIS-1 calls the skull-stripped, gain-field corrected volume in the T88 atlas space; its
 # label map ends in _fseg, the volume with the skull lacks _masked.
