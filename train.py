@@ -21,7 +21,6 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -31,11 +30,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augmentations, load_splits,
                      moved)
@@ -50,13 +47,11 @@ from utils.device import (choose_dtype, describe_machine, keep_freed_memory, mem
                           out_of_memory)
 from utils.distributed import (Stop, join_processes, local_device, on_all_ranks, on_rank_zero,
                                rank, world_size)
-from utils.files import append_csv, read_csv, save_grid, write_atomic, write_csv, write_json
+from utils.files import save_grid, write_atomic, write_json
+from utils.log import QUARTILES, Log, draw_losses
 
 STARTED = time.monotonic()  # --max-hours counts from here
 LABEL_STREAM = 2**31  # the `part` of `step_seed` for labels; larger than any rank's
-QUARTILES = ("q1", "q2", "q3", "q4")
-COLUMNS = ("step", "loss", "validation_loss", *(f"validation_{q}" for q in QUARTILES),
-           "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -501,6 +496,21 @@ class Run:
         parts = {q: losses[quartile == i].mean().item() for i, q in enumerate(QUARTILES)}
         return {"loss": losses.mean().item(), **parts}
 
+    def metrics(self, norm: Tensor, validate: bool) -> dict[str, float]:
+        """A row of metrics.csv: the loss since the last one, and that of validation if asked for.
+
+        norm: the last gradient norm.
+        """
+        row = {"loss": self.loss_sum.item() / self.loss_count, "gradient_norm": norm.item(),
+               "learning_rate": self.optimizer.param_groups[0]["lr"],
+               "memory_gib": memory_gib(self.device)}
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        if validate and "validate" in self.data:
+            row |= {f"validation_{name}": value for name, value in
+                    self.evaluate("validate").items()}
+        return row
+
     def sample(self, num: int = 16, sampler: SamplerConfig = QUALITY["default"]) -> Tensor:
         """Samples slices from seeds 0 to num - 1 with the EMA model, the same seeds each time.
 
@@ -625,113 +635,9 @@ class Run:
         write_atomic(self.folder / f"{name}.safetensors", lambda file: file.write(content))
 
 
-def draw_losses(folder: Path) -> None:
-    """Draws loss.png from metrics.csv: training and validation loss, the latter by quartile of the
-    timestep as well."""
-    rows = read_csv(folder / "metrics.csv")
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    curves = [(left, "loss", "train", dict(color="0.7")),
-              (left, "validation_loss", "validation, EMA model",
-               dict(marker="o", ms=3, color="C3"))]
-    curves += [(right, f"validation_{quartile}", f"t in [{index}/4, {index + 1}/4) of T",
-                dict(marker="o", ms=3)) for index, quartile in enumerate(QUARTILES)]
-    for axes, name, label, how in curves:
-        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-        if points:
-            axes.plot(*zip(*points), label=label, **how)
-            axes.legend(frameon=False)
-    left.set(title="Loss", xlabel="step", ylabel="mean squared error", yscale="log")
-    right.set(title="Validation loss by timestep", xlabel="step", yscale="log")
-    for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
-    write_atomic(folder / "loss.png", lambda file: figure.savefig(file, dpi=110, format="png"))
-
-
 # ---------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------
-
-
-class Log:
-    """Writes a row of metrics.csv, and a line of the log or the bar, per interval."""
-
-    def __init__(self, run: Run, tensorboard: bool = False):
-        self.run, self.writer, self.path = run, None, run.folder / "metrics.csv"
-        self.unwritten: list[dict] = []
-        self.validation = "-"
-        if rank() == 0:
-            self._cut_back()
-        if tensorboard and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.step + 1)
-        self.bar = tqdm(total=run.config.steps, initial=run.step, unit="step", desc="training",
-                        dynamic_ncols=True, disable=rank() > 0 or not sys.stderr.isatty())
-        self.first, self.longest, self.paused = run.step, 0.0, time.monotonic()
-        self.restart()
-
-    def reserve(self) -> float:
-        """Seconds to keep for the end: a minute and twice the longest validation and save so far;
-        none before the first step, so that every start makes progress."""
-        return 60 + 2 * self.longest if self.run.step > self.first else -math.inf
-
-    def pause(self) -> None:
-        """Ends a stretch of training, adds its time to the run's, and checks its numbers."""
-        self.run.check()  # waits for the device
-        self.paused = time.monotonic()
-        self.stretch = self.paused - self.since
-        self.run.seconds += self.stretch
-
-    def restart(self) -> None:
-        """Begins a stretch of training, after validation or saving."""
-        self.since, self.at_step = time.monotonic(), self.run.step
-        self.longest = max(self.longest, self.since - self.paused)
-
-    def write(self, norm: Tensor, validation: dict[str, float] | None) -> None:
-        """Writes the interval's row; `norm` is the last gradient norm."""
-        run = self.run
-        loss = run.loss_sum.item() / run.loss_count
-        speed = (run.step - self.at_step) * run.config.batch_size / max(1e-9, self.stretch)
-        row = {"step": run.step, "loss": f"{loss:.6g}",
-               "learning_rate": f"{run.optimizer.param_groups[0]['lr']:.6g}",
-               "gradient_norm": f"{norm.item():.6g}", "images_per_second": f"{speed:.4g}",
-               "memory_gib": f"{memory_gib(run.device):.3g}"}
-        row |= {f"validation_{name}": f"{value:.6g}" for name, value in (validation or {}).items()}
-        self.validation = row.get("validation_loss", self.validation)
-        self.unwritten.append(row)
-        on_rank_zero(self._append)
-        if self.writer:
-            on_rank_zero(self._write_events, row)
-        run.loss_sum.zero_()
-        run.loss_count = 0
-        self._show(row, speed)
-
-    def _cut_back(self) -> None:
-        """Removes the rows beyond the checkpoint, and one that was not written completely."""
-        if self.path.exists():
-            rows = [row for row in read_csv(self.path) if row.get("step", "").isdigit()
-                    and int(row["step"]) <= self.run.step]
-            write_csv(self.path, COLUMNS, rows)
-            self.validation = next((row["validation_loss"] for row in rows[::-1]
-                                    if row.get("validation_loss")), "-")
-
-    def _append(self) -> None:
-        append_csv(self.path, COLUMNS, self.unwritten)
-        self.unwritten.clear()
-
-    def _write_events(self, row: dict) -> None:
-        for name, value in row.items():
-            self.writer.add_scalar(name, float(value), row["step"])
-        self.writer.flush()
-
-    def _show(self, row: dict, speed: float) -> None:
-        steps = self.run.config.steps
-        text = f"loss {row['loss']}  validation {self.validation}  {speed:.3g} images/s"
-        self.bar.set_postfix_str(text)
-        if self.bar.disable:
-            left = (steps - self.run.step) * self.run.config.batch_size / speed
-            print(f"step {self.run.step}/{steps}  {text}  {row['memory_gib']} GiB  "
-                  f"{left / 60:.0f} min left", flush=True)
 
 
 def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
@@ -740,16 +646,18 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
 
     Raises UserError if the loss or the gradient is not finite.
     """
-    log = Log(run, tensorboard)
+    log = Log(run.folder, run.step, run.config.steps, tensorboard)
     with Stop(STARTED + 3600 * hours) as stop:
         while run.step < run.config.steps and not stop.agreed(log.reserve()):
             norm = run.train_step()
-            log.bar.update()
+            log.count()
             save = run.step % save_every == 0 or run.step == run.config.steps
             if not save and run.step % log_every:
                 continue
-            log.pause()
-            log.write(norm, run.evaluate("validate") if save and "validate" in run.data else None)
+            run.check()  # waits for the device
+            run.seconds += log.pause()
+            log.write(run.metrics(norm, save) | {
+                "images_per_second": log.steps_per_second() * run.config.batch_size})
             if save:  # images first: they are not drawn again once the checkpoint exists
                 picture = run.folder / "samples" / f"step_{run.step:07d}.png"
                 on_rank_zero(save_grid, run.sample(), picture, 4)
@@ -759,7 +667,8 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
                     on_rank_zero(run.export, "guide")
             log.restart()
         if stop.reason and run.step != run.saved_step:
-            log.pause()
+            run.check()
+            run.seconds += log.pause()
             on_rank_zero(run.save)
     log.bar.close()
     if stop.reason:

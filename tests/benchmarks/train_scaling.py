@@ -21,9 +21,10 @@ import torch
 from bench import ROOT, Contender, draw_bars, facts, fastest, print_table, save_json, take_turns
 from contenders import our_configs, ours
 from dataset import Slices, phantom_slices
-from train import PRESETS, Log, Run, draw_losses
+from train import PRESETS, Run
 from utils.cli import run_cli
 from utils.distributed import local_device
+from utils.log import Log, draw_losses
 
 
 def against_batch(size: int, batches: list[int], device: torch.device, repeats: int) -> list[dict]:
@@ -60,12 +61,14 @@ def loop_costs(size: int, device: torch.device) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(Path(scratch), *our_configs(size, preset["batch_size"], device), data, device)
         whole = fastest(run.train_step, 8, device)
-        log, per_save = Log(run), 1000 / preset["save_every"]
+        log, per_save = Log(run.folder, 0, 1000), 1000 / preset["save_every"]
         norm = run.train_step()
+        log.count()
         log.pause()
         parts = {  # name: (the work, how often in 1,000 steps)
-            "a log line and metrics.csv": (lambda: (setattr(run, "loss_count", 1),
-                                                    log.write(norm, None)), 1000 / 50),
+            "a log line and metrics.csv": (lambda: (
+                setattr(run, "loss_count", 1),
+                log.write(run.metrics(norm, False) | {"images_per_second": 1.0})), 1000 / 50),
             "validation, 480 slices": (lambda: run.evaluate("validate"), per_save),
             "samples, 16 slices": (run.sample, per_save),
             "loss.png": (lambda: draw_losses(run.folder), per_save),
