@@ -87,8 +87,8 @@ def make_run(tmp_path):
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """refused(script, args, *words): exit code 2, and one error line with the words on stderr.
+def rejected(tmp_path, monkeypatch, capsys):
+    """rejected(script, args, *words): exit code 2, and one error line with the words on stderr.
 
     In this process, since a dozen starts of torch would take a minute.
     """

@@ -33,12 +33,12 @@ MEASURED = ("images_per_second", "memory_gib")  # differ from run to run
 
 
 def make_data(root: Path) -> Path:
-    """Twelve slices of three people to train on, four of one to validate with."""
-    for split, people in (("train", (1, 2, 3)), ("validate", (4,))):
-        for person in people:
+    """Twelve slices of three subjects to train on, four of one to validate with."""
+    for split, subjects in (("train", (1, 2, 3)), ("validate", (4,))):
+        for subject in subjects:
             for height in range(4):
-                pixels = dataset.draw_phantom(16, person, height / 4)
-                path = root / split / f"case_{person:03d}_slice_{height}.png"
+                pixels = dataset.draw_phantom(16, subject, height / 4)
+                path = root / split / f"case_{subject:03d}_slice_{height}.png"
                 files.save_png(torch.from_numpy(pixels), path)
     return root
 

@@ -185,7 +185,7 @@ def test_the_batch_script(data, tmp_path):
     assert f"step {step} of {step + 2}" in rest and not requeued.exists()
 
 
-def test_what_several_processes_refuse(make_run, refused, data, monkeypatch):
+def test_what_several_processes_reject(make_run, rejected, data, monkeypatch):
     for module in (script, distributed):
         monkeypatch.setattr(module, "world_size", lambda: 3)
     with pytest.raises(UserError, match="--device cuda:1: for several processes"):
@@ -196,7 +196,7 @@ def test_what_several_processes_refuse(make_run, refused, data, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    refused("train.py", [], "WORLD_SIZE is 2", "RANK", "torchrun")
+    rejected("train.py", [], "WORLD_SIZE is 2", "RANK", "torchrun")
 
 
 @pytest.mark.long
@@ -354,7 +354,7 @@ def test_how_many_checkpoints_stay(make_run):
     run = make_run()
     run.keep = 3
     run.folder.mkdir()
-    (run.folder / "checkpoint-best.pt").write_text("a person's own copy")
+    (run.folder / "checkpoint-best.pt").write_text("the user's own copy")
     train(run, log_every=8, save_every=1)
     assert sorted(path.name for path in run.folder.glob("*.pt")) == [
         "checkpoint-00000005.pt", "checkpoint-00000006.pt", "checkpoint-00000007.pt",
@@ -440,7 +440,7 @@ def test_a_save_that_fails_is_tried_again(make_run, capsys, trouble):
     assert not list(run.folder.glob(".*.tmp")) and run.saved_step == 8
 
 
-def test_a_last_save_that_fails_is_exit_code_2(data, tmp_path, refused, monkeypatch, capsys):
+def test_a_last_save_that_fails_is_exit_code_2(data, tmp_path, rejected, monkeypatch, capsys):
     options = arguments(data, "--steps", 4, "--save-every", 2)[1:]
     real = script.Run.save
 
@@ -574,9 +574,9 @@ def test_micro_batches_may_change_when_continuing(make_run):
     assert difference(again.net.state_dict(), whole.net.state_dict()) < 1e-6
 
 
-def test_tensorboard(command, tmp_path, refused, data, monkeypatch):
+def test_tensorboard(command, tmp_path, rejected, data, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    refused("train.py", arguments(data, "--tensorboard")[1:], "--tensorboard", "pip install")
+    rejected("train.py", arguments(data, "--tensorboard")[1:], "--tensorboard", "pip install")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("tensorboard")

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is her
 
 
 class NoWaiting(TorchDispatchMode):
-    """Forbids copies between host and card that the host waits for."""
+    """Forbids copies between host and GPU that the host waits for."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))

@@ -338,8 +338,8 @@ class Memory(nn.Module):
                                     nn.Linear(hidden, pixels))
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        told = torch.cat([noisy.flatten(1), timestep_embedding(timesteps, 64)], 1)
-        return self.layers(told).view_as(noisy)
+        inputs = torch.cat([noisy.flatten(1), timestep_embedding(timesteps, 64)], 1)
+        return self.layers(inputs).view_as(noisy)
 
 
 def memorised(images: torch.Tensor, steps: int) -> torch.Tensor:
@@ -384,7 +384,7 @@ def texture_file(tmp_path):
 
 @pytest.fixture
 def slices(tmp_path):
-    """Phantoms of other people than the built-in splits', as PNG files."""
+    """Phantoms of other subjects than the built-in splits', as PNG files."""
     images, _ = phantom_slices(32, 300, 5)
     (tmp_path / "slices").mkdir()
     for i, image in enumerate(images):
@@ -420,11 +420,11 @@ def test_names_and_order_of_the_files_do_not_matter(tmp_path, monkeypatch, slice
 
 
 def root_of_phantoms(tmp_path) -> Path:
-    """A root of PNG files, 32 pixels: 20 people in train, 6 in validate, 6 in test."""
+    """A root of PNG files, 32 pixels: 20 subjects in train, 6 in validate, 6 in test."""
     root = tmp_path / "root"
-    for split, first, people in (("train", 0, 20), ("validate", 20, 6), ("test", 26, 6)):
+    for split, first, subjects in (("train", 0, 20), ("validate", 20, 6), ("test", 26, 6)):
         (root / split).mkdir(parents=True)
-        for image, name in zip(*phantom_slices(32, first, people)):
+        for image, name in zip(*phantom_slices(32, first, subjects)):
             Image.fromarray(image).save(root / split / f"{Path(name).stem}.png")
     return root
 
@@ -453,7 +453,7 @@ def test_several_settings_of_one_checkpoint(tmp_path, monkeypatch, make_run, tex
     (["--compare", "ddim:5", "--steps", "5"], ["--compare", "--steps"]),
     (["--compare", "ddim:5", "--slices", "slices"], ["--compare", "--slices"]),
     (["--data", "nowhere", "--slices", "slices"], ["nowhere", "no such folder"])])
-def test_bad_input_gets_one_line(tmp_path, refused, slices, texture_file, args, words):
+def test_bad_input_gets_one_line(tmp_path, rejected, slices, texture_file, args, words):
     pytest.importorskip("torchmetrics")
     (tmp_path / "empty").mkdir()
     for folder, sizes in (("mixed", ((32, 32), (24, 24))), ("oblong", ((24, 40), (24, 40)))):
@@ -463,12 +463,12 @@ def test_bad_input_gets_one_line(tmp_path, refused, slices, texture_file, args, 
             Image.fromarray(pixels).save(tmp_path / folder / f"{name}.png")
     args = [str(SHIPPED["64"]) if arg == "SHIPPED 64" else arg for arg in args]
     network = [] if "--features" in args else ["--features", texture_file]
-    refused("tools.evaluate", [*args, *network], *words)
+    rejected("tools.evaluate", [*args, *network], *words)
 
 
-def test_a_missing_package_is_named(tmp_path, refused, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, rejected, monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    refused("tools.evaluate", [], "efficientnet_lite_pytorch", "pip install")
+    rejected("tools.evaluate", [], "efficientnet_lite_pytorch", "pip install")
 
 
 def test_the_default_features_are_those_of_the_wheel(reference):

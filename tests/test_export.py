@@ -31,15 +31,15 @@ def exported(request, tmp_path_factory):
                                           ("dpmpp", DPMSolverMultistepScheduler)])
 def test_the_same_noise_gives_the_same_slices(exported, sampler, cls):
     model, pipeline, _ = exported
-    told = {"position": 20 / 31, "label": "CDR 1"} if model.labels.dim else {}
-    slices = [Slice(seed, told.get("position"), told.get("label")) for seed in (3, 4)]
+    conditions = {"position": 20 / 31, "label": "CDR 1"} if model.labels.dim else {}
+    slices = [Slice(seed, conditions.get("position"), conditions.get("label")) for seed in (3, 4)]
     # Steps that divide 1000: otherwise their DDIM steps to timesteps where it is not called next.
     config = SamplerConfig(sampler, 5, spacing="trailing")
     denoise = Denoiser(model.net, model.scheduler, patch_size=model.net.config.patch_size)
     (ours, _), = generate(model, slices, config, denoise, batch_size=2)
     pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
     noise = seeded_noise([3, 4], tuple(ours.shape[1:]))()
-    theirs = pipeline(**told, latents=noise, num_inference_steps=5, output_type="np").images
+    theirs = pipeline(**conditions, latents=noise, num_inference_steps=5, output_type="np").images
     difference = np.abs(theirs.astype(int) - to_uint8(ours)[:, 0].numpy().astype(int))
     assert difference.max() <= 1
     assert to_uint8(ours).float().std() > 30  # there is something to see
@@ -95,9 +95,9 @@ def test_the_card_has_the_header_of_model_hubs(exported):
     assert "No diagnostic use" in text and "from_pretrained" in text
 
 
-def test_wrong_use_is_one_line(tmp_path, refused):
+def test_wrong_use_is_one_line(tmp_path, rejected):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
-    refused("tools.export", ["64", tmp_path / "full"], "full", "holds other files")
-    refused("tools.export", ["nowhere", tmp_path / "new"], "nowhere")
+    rejected("tools.export", ["64", tmp_path / "full"], "full", "holds other files")
+    rejected("tools.export", ["nowhere", tmp_path / "new"], "nowhere")
     assert not (tmp_path / "new").exists()

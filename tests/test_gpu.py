@@ -140,7 +140,7 @@ def test_continues_on_the_card_and_moves_to_the_cpu(make_run, dtype):
 
 @pytest.mark.parametrize("dtype", ("float32", "float16"))
 def test_bad_numbers_are_noticed_without_waiting(make_run, dtype):
-    """The host is told at the next log line, of the step that they began at."""
+    """The next log line raises an error that names the step at which they began."""
     run = make_run(device=CUDA, dtype=dtype)
     run.train_step()
     true_loss, run.loss = run.loss, lambda *a: true_loss(*a) * torch.inf

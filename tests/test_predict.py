@@ -124,7 +124,7 @@ def test_guidance_from_the_command_line(make_run, tmp_path, monkeypatch):
     (dict(schedule="cosine", prediction_type="sample"), ["prediction_type", "sample"]),
     (dict(schedule="cosine", num_train_timesteps=500), ["num_train_timesteps", "500"]),
 ])
-def test_guides_of_something_else_are_rejected(make_run, tmp_path, refused, changes, words):
+def test_guides_of_something_else_are_rejected(make_run, tmp_path, rejected, changes, words):
     guide = tmp_path / "guide.safetensors"
     if changes is None:
         run = make_run()
@@ -135,7 +135,7 @@ def test_guides_of_something_else_are_rejected(make_run, tmp_path, refused, chan
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             config = json.dumps(asdict(make_scheduler_config(**changes)))
             save_file(tensors, guide, {**file.metadata(), "scheduler": config})
-    refused("predict.py", ["--model", "64", "--guide", guide], "--guide", guide.name, *words)
+    rejected("predict.py", ["--model", "64", "--guide", guide], "--guide", guide.name, *words)
 
 
 def test_the_shipped_model_draws_brains(shipped):
@@ -207,7 +207,7 @@ def test_bad_models_are_named(make_run, tmp_path):
 
 @pytest.fixture
 def tiny(make_run, tmp_path, monkeypatch):
-    """tiny(*options) runs predict.py on a model of 16 pixels that is told heights -> its folder.
+    """tiny(*options) runs predict.py on a 16-pixel model conditioned on heights -> its folder.
 
     The net's weights are random, so that its slices depend on all that it is given.
     """
@@ -277,17 +277,18 @@ def test_a_second_call_draws_only_what_is_missing_or_damaged(tiny):
     assert json.loads((out / "samples.json").read_text())["network_calls"] == 3
 
 
-def test_folders_of_something_else_are_rejected(tiny, tmp_path, refused):
+def test_folders_of_something_else_are_rejected(tiny, tmp_path, rejected):
     out = tiny("--num", 1)
     other = ["--checkpoint", tiny.checkpoint, "--device", "cpu", "--dtype", "float32", "--out", out]
-    refused("predict.py", [*other, "--steps", 2, "--num", 1], "manifest.csv", "steps = 3, now 2")
-    refused("predict.py", [*other, "--steps", 3, "--num", 1, "--position", 0.25], "position",
+    rejected("predict.py", [*other, "--steps", 2, "--num", 1], "manifest.csv", "steps = 3, now 2")
+    rejected("predict.py", [*other, "--steps", 3, "--num", 1, "--position", 0.25], "position",
             "now 0.25")
     (out / "slice_000001.png").touch()
-    refused("predict.py", [*other, "--steps", 3, "--num", 2], "slice_000001.png", "not in manifest")
+    rejected("predict.py", [*other, "--steps", 3, "--num", 2], "slice_000001.png",
+             "not in manifest")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").touch()
-    refused("predict.py", [*other[:-1], tmp_path / "photos"], "photos", "cat.txt", "manifest.csv")
+    rejected("predict.py", [*other[:-1], tmp_path / "photos"], "photos", "cat.txt", "manifest.csv")
     assert (tmp_path / "photos" / "cat.txt").exists()
 
 
@@ -385,9 +386,9 @@ def test_a_filled_region_follows_what_is_around_it():
     torch.testing.assert_close(drawn[0], image, rtol=0, atol=0.1)
 
 
-def test_wrong_use_is_one_line(tiny, picture, tmp_path, refused, make_run):
+def test_wrong_use_is_one_line(tiny, picture, tmp_path, rejected, make_run):
     def attempt(args, *words):
-        refused("predict.py", ["--checkpoint", tiny.checkpoint, "--steps", 2, "--num", 1, *args],
+        rejected("predict.py", ["--checkpoint", tiny.checkpoint, "--steps", 2, "--num", 1, *args],
                 *words)
     path = picture[0]
     (tmp_path / "text.png").write_text("hello")
@@ -412,6 +413,6 @@ def test_wrong_use_is_one_line(tiny, picture, tmp_path, refused, make_run):
     for args, *words in ((["--stack"], "--stack", "without heights"),
                          (["--class", "CDR 1"], "--class", "without classes"),
                          (["--guidance", "2"], "--guidance", "--guide")):
-        refused("predict.py", ["--checkpoint", plain.folder, *args], *words)
-    refused("predict.py", ["--model", "native", "--init", path], "picture.png", "16x16", "176x208")
-    refused("tools.evaluate", ["--data", tmp_path, "--position", "all"], "--position all")
+        rejected("predict.py", ["--checkpoint", plain.folder, *args], *words)
+    rejected("predict.py", ["--model", "native", "--init", path], "picture.png", "16x16", "176x208")
+    rejected("tools.evaluate", ["--data", tmp_path, "--position", "all"], "--position all")

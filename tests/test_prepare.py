@@ -1,4 +1,4 @@
-"""Every shape that OASIS comes in comes out alike; what would spoil a run is refused."""
+"""All supported formats give the same slices; what would spoil a run is rejected."""
 
 import csv
 import importlib
@@ -122,12 +122,12 @@ def table(out):
 
 # The four shapes -------------------------------------------------------------------------------
 
-PEOPLE = ["OAS1_0001_MR1", "OAS1_0002_MR1", "OAS1_0061_MR1", "OAS1_0061_MR2"]
+SESSIONS = ["OAS1_0001_MR1", "OAS1_0002_MR1", "OAS1_0061_MR1", "OAS1_0061_MR2"]
 
 
 @pytest.fixture(scope="session")
 def discs(tmp_path_factory):
-    return disc(tmp_path_factory.mktemp("discs") / "disc1", PEOPLE)
+    return disc(tmp_path_factory.mktemp("discs") / "disc1", SESSIONS)
 
 
 def test_a_disc_folder_and_its_tar_in_any_order_give_the_same(discs, tmp_path, run):
@@ -149,7 +149,7 @@ def test_a_disc_folder_and_its_tar_in_any_order_give_the_same(discs, tmp_path, r
             assert {**row, "source": ""} == {**other, "source": ""}
             assert tar.name in other["source"] and "t88_masked_gfc.hdr" in other["source"]
     rows = table(tmp_path / "a")
-    assert [r["session"] for r in rows] == PEOPLE
+    assert [r["session"] for r in rows] == SESSIONS
     assert [(r["person"], r["age"], r["sex"], r["cdr"]) for r in rows[::3]] == [
         ("OAS1_0001", "60", "F", ""), ("OAS1_0061", "63", "F", "0.5")]
     assert rows[2]["split"] == rows[3]["split"]  # the same subject, scanned twice
@@ -161,7 +161,7 @@ def test_a_disc_folder_and_its_tar_in_any_order_give_the_same(discs, tmp_path, r
 
 def test_the_three_previews_of_the_disc_agree_with_the_orientation(tmp_path):
     """Coronal preview 110 and sagittal 95, put where the stated axes want them, must give row and
-    column of axial preview 90, whose orientation is the one to be had."""
+    column of axial preview 90, the reference for the orientation."""
     if not DISC.is_dir():
         pytest.skip("no shared/oasis-disc beside the checkout")
     stem = DISC / "PROCESSED" / "MPRAGE" / "T88_111" / f"{DISC.name}_mpr_n4_anon_111_t88_gfc_"
@@ -198,7 +198,7 @@ def test_nifti_of_any_orientation(tmp_path, run, codes):
     bold = tmp_path / "b" / "sub-01" / "func" / "sub-01_bold.nii.gz"
     bold.parent.mkdir()
     nib.Nifti1Image(np.zeros((4, 4, 4, 4), np.int16), np.eye(4)).to_filename(bold)
-    # Two different names for one head would be the leak that is refused, so both go to train.
+    # Two different names for one head would be the leak that is rejected, so both go to train.
     run("prepare", tmp_path / "b", tmp_path / "o", *FEW, "--ratios", "1,0,0")
     found = list(pictures(tmp_path / "o").values())
     assert len(found) == 8 and all(landmarks(image) for image in found)
@@ -274,7 +274,7 @@ def test_class_folders_and_one_flat_folder(tmp_path, run, folders):
 
 
 def test_one_picture_per_person_and_names_with_dots(tmp_path, run):
-    """A person's own number is no slice's, and a dot within a name does not end it."""
+    """A subject's number is not a slice's, and a dot within a name does not end it."""
     names = ["OAS1_0001.jpg", "OAS1_0002.jpg", "OAS1_0003_MR1.jpg", "OAS1_0003_MR2.jpg",
              "sub-04.png", "1.2.840.5.png", "1.2.840.6.png", "lock.png"]
     (tmp_path / "s").mkdir()
@@ -360,7 +360,7 @@ def test_a_disc_beside_its_tar_is_cut_once(discs, tmp_path, run, monkeypatch):
         return real(volume, zooms, cutting, name)
     monkeypatch.setattr(volumes, "cut_volume", slow)
     run("prepare", discs, tmp_path / "disc1.tar.gz", tmp_path / "o", *FEW, "--workers", 2)
-    assert len(cut) == len(PEOPLE) and [r["session"] for r in table(tmp_path / "o")] == PEOPLE
+    assert len(cut) == len(SESSIONS) and [r["session"] for r in table(tmp_path / "o")] == SESSIONS
 
 
 def test_copies_of_a_disc_in_one_source_are_one(tmp_path):
@@ -386,10 +386,10 @@ def test_what_another_prepare_did_before_the_lock_is_seen(tmp_path, monkeypatch,
     assert len(cut) == len(table(tmp_path / "o")) == 3 and len(pictures(tmp_path / "o")) == 6
 
 
-def test_the_same_command_works_once_the_source_is_mended(tmp_path, refused, run):
+def test_the_same_command_works_once_the_source_is_fixed(tmp_path, rejected, run):
     folder = source(tmp_path)
     other = source(tmp_path, "test", first=5, count=3)
-    refused("tools.prepare", [tmp_path / "s", tmp_path / "o"],
+    rejected("tools.prepare", [tmp_path / "s", tmp_path / "o"],
             "1 subjects are in both test and train, such as case_002", "move each")
     (folder / "case_002_slice_1.png").unlink()
     (folder / "case_002_slice_0.png").rename(other / "case_002_slice_0.png")
@@ -410,7 +410,7 @@ def test_killed_at_any_moment_the_next_call_completes(discs, tmp_path, run, monk
     def fragile(source, target):
         calls.append(target)
         name = Path(target).name
-        if moment == "stage" and Path(target).match(f"{PEOPLE[2]}/scan.json") or \
+        if moment == "stage" and Path(target).match(f"{SESSIONS[2]}/scan.json") or \
                 moment == "finish" and name == "cases.csv" or \
                 moment == "move" and name.endswith("case_002_slice_1.nii.png"):
             raise Killed
@@ -454,7 +454,7 @@ def test_a_tar_that_is_done_is_not_read_again(discs, tmp_path, run, monkeypatch)
     assert len(table(tmp_path / "o")) == len(table(tmp_path / "cleared")) == len(parts)
 
 
-# Refusals ----------------------------------------------------------------------------------------
+# Rejections --------------------------------------------------------------------------------------
 
 
 def volume_file(tmp_path, array, affine=np.diag([-2, 2, 2, 1]), name="sub-01_T1w.nii.gz"):
@@ -516,9 +516,9 @@ def lone_header(tmp_path):
     (low_volume, ["4 planes high, too low for 32 slices", "--slices"]),
     (lone_header, ["OAS1_0001_MR1", "cannot be read"]),
 ])
-def test_volumes_refused(tmp_path, refused, make, words):
+def test_volumes_rejected(tmp_path, rejected, make, words):
     make(tmp_path)
-    refused("tools.prepare", [tmp_path / "v", tmp_path / "o"], *words, "--skip-bad")
+    rejected("tools.prepare", [tmp_path / "v", tmp_path / "o"], *words, "--skip-bad")
     assert not (tmp_path / "o" / "cases.csv").exists()
 
 
@@ -597,25 +597,25 @@ PICTURES = [
 
 
 @pytest.mark.parametrize("make, words", PICTURES)
-def test_train_and_inspect_refuse(tmp_path, refused, make, words):
+def test_train_and_inspect_reject(tmp_path, rejected, make, words):
     make(tmp_path)
     args = ["--data", tmp_path / "s", "--image-size", 16, "--run", tmp_path / "r",
             "--block-out-channels", 32, "--batch-size", 2, "--device", "cpu"]
-    refused("train.py", args, *words)
-    refused("tools.inspect", [tmp_path / "s", "--out", tmp_path / "i.png"], *words)
+    rejected("train.py", args, *words)
+    rejected("tools.inspect", [tmp_path / "s", "--out", tmp_path / "i.png"], *words)
     assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("make, words", [case for case in PICTURES if case[0] != shared_picture])
-def test_prepare_refuses_pictures(tmp_path, refused, make, words):
+def test_prepare_rejects_pictures(tmp_path, rejected, make, words):
     make(tmp_path)
     words = [word for word in words if " of " not in word and "in both" not in word]
-    refused("tools.prepare", [tmp_path / "s", tmp_path / "o"], *words)
+    rejected("tools.prepare", [tmp_path / "s", tmp_path / "o"], *words)
 
 
-def test_prepare_refuses_one_picture_in_two_splits(tmp_path, refused):
+def test_prepare_rejects_one_picture_in_two_splits(tmp_path, rejected):
     shared_picture(tmp_path)
-    refused("tools.prepare", [tmp_path / "s", tmp_path / "o"],
+    rejected("tools.prepare", [tmp_path / "s", tmp_path / "o"],
             "1 pictures are in both train and test", "remove one copy of the source")
 
 
@@ -630,7 +630,7 @@ def test_skip_bad_trains_without_them_and_remembers(tmp_path, capsys):
         assert "13 of 40 images are ignored" in capsys.readouterr().err
 
 
-def test_skip_bad_without_a_cache_and_with_nothing_left(tmp_path, refused, capsys):
+def test_skip_bad_without_a_cache_and_with_nothing_left(tmp_path, rejected, capsys):
     unreadable(tmp_path)
     (tmp_path / "kept").write_text("a file where the folder should be")
     split = load_splits(tmp_path / "s", 16, tmp_path / "kept", skip_bad=True)["train"]
@@ -639,22 +639,22 @@ def test_skip_bad_without_a_cache_and_with_nothing_left(tmp_path, refused, capsy
     with pytest.raises(UserError, match="no slice of train can be used"):
         load_splits(tmp_path / "l" / "s", 16, skip_bad=True)
     capsys.readouterr()
-    refused("tools.prepare", [tmp_path / "l" / "s", tmp_path / "o", "--skip-bad"],
+    rejected("tools.prepare", [tmp_path / "l" / "s", tmp_path / "o", "--skip-bad"],
             "none of the source can be used")
 
 
-def test_two_pictures_of_one_number_are_not_made_one(tmp_path, refused):
+def test_two_pictures_of_one_number_are_not_made_one(tmp_path, rejected):
     folder = source(tmp_path)
     shades(77).save(folder / "case_001_slice_1.jpg")
-    refused("tools.prepare", [folder, tmp_path / "o"], "case_001_slice_1.png: has the "
+    rejected("tools.prepare", [folder, tmp_path / "o"], "case_001_slice_1.png: has the "
             "number of", "case_001_slice_1.jpg", "number them apart")
 
 
-def test_fewer_slices_than_a_batch_and_small_ones(tmp_path, refused, capsys):
+def test_fewer_slices_than_a_batch_and_small_ones(tmp_path, rejected, capsys):
     source(tmp_path)
     args = ["--data", tmp_path / "s", "--image-size", 64, "--run", tmp_path / "r", "--device",
             "cpu", "--block-out-channels", 32]
-    refused("train.py", [*args, "--batch-size", 7], "--batch-size 7 is more than the 6 slices")
+    rejected("train.py", [*args, "--batch-size", 7], "--batch-size 7 is more than the 6 slices")
     load_splits(tmp_path / "s", 64)
     said = capsys.readouterr().err
     assert "30x40 pixels and are upsampled to the image size 64" in said and "smaller --im" in said
@@ -662,9 +662,9 @@ def test_fewer_slices_than_a_batch_and_small_ones(tmp_path, refused, capsys):
     assert not capsys.readouterr().err
 
 
-def test_sources_and_folders_that_do_not_do(tmp_path, refused, run):
+def test_sources_and_folders_that_do_not_do(tmp_path, rejected, run):
     def attempt(args, *words):
-        refused("tools.prepare", args, *words)
+        rejected("tools.prepare", args, *words)
     (tmp_path / "empty").mkdir()
     attempt([tmp_path / "nowhere", tmp_path / "o"], "nowhere: no such file or folder")
     attempt([tmp_path / "empty", tmp_path / "o"], "holds no *_t88_masked_gfc.hdr", "give")
@@ -781,35 +781,35 @@ def test_any_damage_ends_in_one_line_or_in_slices(tmp_path):
     assert sum(outcome is not None for outcome in outcomes) > 120
 
 
-def test_a_tar_that_is_cut_short_keeps_what_came_before(discs, tmp_path, run, refused):
+def test_a_tar_that_is_cut_short_keeps_what_came_before(discs, tmp_path, run, rejected):
     tar = pack(discs, tmp_path / "disc1.tar.gz")
     content = tar.read_bytes()
     tar.write_bytes(content[:len(content) * 2 // 3])
-    refused("tools.prepare", [tar, tmp_path / "o", *FEW], "disc1.tar.gz: is cut short",
+    rejected("tools.prepare", [tar, tmp_path / "o", *FEW], "disc1.tar.gz: is cut short",
             "download it again")
     kept = {p.name for p in (tmp_path / "o" / ".staged").glob("OAS1_*") if p.is_dir()}
-    assert kept and kept < set(PEOPLE)
+    assert kept and kept < set(SESSIONS)
     tar.write_bytes(content)
     run("prepare", tar, tmp_path / "o", *FEW)
-    assert [r["session"] for r in table(tmp_path / "o")] == PEOPLE
+    assert [r["session"] for r in table(tmp_path / "o")] == SESSIONS
 
 
-def test_a_full_disk_is_no_damaged_tar(discs, tmp_path, refused, monkeypatch):
+def test_a_full_disk_is_no_damaged_tar(discs, tmp_path, rejected, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(shutil, "copyfileobj", full)
-    refused("tools.prepare", [pack(discs, tmp_path / "disc1.tar.gz"), tmp_path / "o"],
+    rejected("tools.prepare", [pack(discs, tmp_path / "disc1.tar.gz"), tmp_path / "o"],
             "o: cannot be written (No space left", "free some space")
 
 
-def test_half_a_volume_in_a_tar(discs, tmp_path, refused):
+def test_half_a_volume_in_a_tar(discs, tmp_path, rejected):
     tar = pack(discs, tmp_path / "disc1.tar.gz", lambda files: sorted(
         p for p in files if p.name != "OAS1_0002_MR1_mpr_n4_anon_111_t88_masked_gfc.img"))
-    refused("tools.prepare", [tar, tmp_path / "o", *FEW],
+    rejected("tools.prepare", [tar, tmp_path / "o", *FEW],
             "OAS1_0002_MR1_mpr_n4_anon_111_t88_masked_gfc.hdr: is only one of .hdr and .img")
 
 
-def test_permission_denied(tmp_path, refused, monkeypatch):
+def test_permission_denied(tmp_path, rejected, monkeypatch):
     """By a stand-in, since nothing is denied to root."""
     path = source(tmp_path) / "case_001_slice_1.png"
     real = Image.open
@@ -819,11 +819,11 @@ def test_permission_denied(tmp_path, refused, monkeypatch):
             raise PermissionError(13, "Permission denied", str(file))
         return real(file, *args)
     monkeypatch.setattr(Image, "open", denied)
-    refused("tools.prepare", [tmp_path / "s", tmp_path / "o"],
+    rejected("tools.prepare", [tmp_path / "s", tmp_path / "o"],
             "case_001_slice_1.png: cannot be read (Permission denied)")
 
 
-def test_odd_files_beside_good_ones(tmp_path, refused, run):
+def test_odd_files_beside_good_ones(tmp_path, rejected, run):
     """A link to itself, a link to nowhere, a pipe, a folder called .png, a one-pixel image."""
     folder = source(tmp_path)
     (folder / "case_007_slice_0.png").symlink_to(folder / "case_007_slice_0.png")
@@ -832,7 +832,7 @@ def test_odd_files_beside_good_ones(tmp_path, refused, run):
     (folder / "case_007_slice_3.png").mkdir()
     Image.new("L", (1, 1), 7).save(folder / "case_007_slice_4.png")
     (folder / "loop").symlink_to(tmp_path / "s")
-    refused("tools.inspect", [tmp_path / "s", "--out", tmp_path / "i.png"], "5 of 11",
+    rejected("tools.inspect", [tmp_path / "s", "--out", tmp_path / "i.png"], "5 of 11",
             *(f"case_007_slice_{i}.png" for i in range(5)))
     said = run("prepare", tmp_path / "s", tmp_path / "o", "--skip-bad")
     assert "case_007_slice_0.png" in said.err and len(pictures(tmp_path / "o")) == 6

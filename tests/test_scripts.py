@@ -1,4 +1,4 @@
-"""The scripts as a person calls them: exit codes, one clear line, and the files that appear."""
+"""The scripts as users call them: exit codes, one clear line, and the files that appear."""
 
 import importlib
 import os
@@ -21,14 +21,14 @@ from utils.cli import run_cli
 from utils.distributed import local_device
 
 
-def test_train_continue_predict(data, tmp_path, refused):
+def test_train_continue_predict(data, tmp_path, rejected):
     run = ["--data", data, "--run", "r", *SMALL]
     first = call("train.py", *run, "--steps", 4, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     more = call("train.py", *run, "--steps", 6, cwd=tmp_path)
     assert more.returncode == 0 and "step 4 of 6" in more.stdout, more.stderr
     assert (tmp_path / "r" / "results.json").exists()
-    refused("train.py", [*run, "--steps", 6, "--seed", 9], "seed = 0, now 9", "--run")
+    rejected("train.py", [*run, "--steps", 6, "--seed", 9], "seed = 0, now 9", "--run")
 
     result = call("predict.py", "--checkpoint", "r", "--num", 3, "--seed", 41, "--steps", 3,
                   "--batch-size", 2, "--out", "o", cwd=tmp_path)
@@ -43,9 +43,9 @@ def test_train_continue_predict(data, tmp_path, refused):
         assert picture.size == (3 * 17 + 1, 18)
 
 
-def test_train_refuses(data, tmp_path, refused):
+def test_train_rejects(data, tmp_path, rejected):
     def attempt(args, *words):
-        refused("train.py", ["--run", "r", *SMALL, "--steps", 2, "--data", data, *args], *words)
+        rejected("train.py", ["--run", "r", *SMALL, "--steps", 2, "--data", data, *args], *words)
     attempt(["--data", tmp_path / "nowhere"], "nowhere", "no such folder")
     attempt(["--image-size", "17"], "--image-size", "17x17", "divisible")
     attempt(["--image-size", "big"], "--image-size", "'big'")
@@ -59,9 +59,9 @@ def test_train_refuses(data, tmp_path, refused):
     attempt([], "cannot be written")
 
 
-def test_train_names_bad_slices(data, tmp_path, refused):
+def test_train_names_bad_slices(data, tmp_path, rejected):
     (data / "train" / "case_001_slice_0.png").write_text("not a picture")
-    refused("train.py", ["--data", data, "--run", "r", *SMALL], "case_001_slice_0.png",
+    rejected("train.py", ["--data", data, "--run", "r", *SMALL], "case_001_slice_0.png",
             "cannot be read")
     assert not (tmp_path / "r").exists()
 
@@ -93,19 +93,19 @@ def test_train_names_bad_slices(data, tmp_path, refused):
     (["--out", "text.pt", "--num", "1", "--steps", "1", "--batch-size", "1"],
      ["text.pt", "cannot be written"]),
 ])
-def test_predict_refuses(tmp_path, refused, args, words):
+def test_predict_rejects(tmp_path, rejected, args, words):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    refused("predict.py", args, *words)
+    rejected("predict.py", args, *words)
 
 
-def test_inspect(data, tmp_path, refused):
+def test_inspect(data, tmp_path, rejected):
     result = call("tools.inspect", data, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "12 slices     3 subjects" in result.stdout
     with Image.open(tmp_path / "inspect.png") as picture:
         assert picture.size == (8 * 129 + 1, 2 * 129 + 1)
-    refused("tools.inspect", [tmp_path / "nowhere"], "nowhere")
+    rejected("tools.inspect", [tmp_path / "nowhere"], "nowhere")
 
 
 def test_inspect_into_a_pipe_that_is_closed(data, tmp_path):
@@ -201,11 +201,11 @@ def test_a_bug_is_not_called_out_of_memory():
         run_cli(broken)
 
 
-def test_out_of_memory_is_one_line(data, tmp_path, refused, monkeypatch):
+def test_out_of_memory_is_one_line(data, tmp_path, rejected, monkeypatch):
     def greedy(self):
         torch.empty(2**60)
     monkeypatch.setattr(train.Run, "train_step", greedy)
-    refused("train.py", ["--data", data, "--run", "r", *SMALL], "out of memory",
+    rejected("train.py", ["--data", data, "--run", "r", *SMALL], "out of memory",
             "smaller --batch-size", "larger --accumulate")
 
 

@@ -87,10 +87,10 @@ def test_accumulated_micro_batches_are_one_batch(make_run):
                    labels=LabelConfig())
     with torch.no_grad():
         run.net.conv_out.weight.normal_(std=0.1)
-    pieces = []
+    parts = []
 
     def spy(x, t):
-        pieces.append((x.clone(), t.clone()))
+        parts.append((x.clone(), t.clone()))
         return run.net(x, t)
     run.wrapped, run.optimizer.step = spy, lambda: None
     run.optimizer.zero_grad = lambda **_: None
@@ -105,8 +105,8 @@ def test_accumulated_micro_batches_are_one_batch(make_run):
     noise = torch.randn(8, 1, 16, 16)
     order = [0, 2, 4, 6, 1, 3, 5, 7]  # each micro-batch has every other noise level
     images, timesteps, noise = images[order], timesteps[order], noise[order]
-    x, t = (torch.cat(parts) for parts in zip(*pieces))
-    assert torch.equal(t, timesteps) and [len(piece[0]) for piece in pieces] == [4, 4]
+    x, t = (torch.cat(parts) for parts in zip(*parts))
+    assert torch.equal(t, timesteps) and [len(part[0]) for part in parts] == [4, 4]
     target = run.scheduler.training_target(images, noise, t)
     torch.testing.assert_close(run.scheduler.add_noise(images, noise, t), x)
     for parameter in run.net.parameters():
@@ -329,7 +329,7 @@ def test_fewer_steps_than_done_are_refused(make_run):
 
 
 def test_two_validation_slices_still_give_four_quartiles(make_run):
-    images = np.stack([draw_phantom(16, person, 0.4) for person in range(8)])
+    images = np.stack([draw_phantom(16, subject, 0.4) for subject in range(8)])
     names = [str(i) for i in range(8)]
     run = make_run(data={"train": (images, names), "validate": (images[:2], names[:2])})
     assert all(np.isfinite(value) for value in run.evaluate("validate").values())

@@ -57,11 +57,11 @@ def fastest(work: Callable, repeats: int, device: torch.device) -> float:
 
 
 def _serve(pipe, make: Callable, device: torch.device, settings: dict) -> None:
-    """A contender's process: builds it, warms it up, then runs as many steps as it is told."""
+    """A contender's process: builds it, warms it up, then runs as many steps as it is asked for."""
     sys.stderr = open(os.devnull, "w")  # compilers talk
     start = time.perf_counter()
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the current card
+        torch.cuda.set_device(device)  # accelerate takes the current GPU
     try:
         made = make(device, **settings)
         step = getattr(made, "step", made)

@@ -40,8 +40,8 @@ def write_slices(folder: Path, count: int) -> None:
     target = folder / "train"
     target.mkdir()
     for index in range(count):
-        person, slice_ = divmod(index, 32)
-        (target / f"case_{person:03d}_slice_{slice_}.nii.png").write_bytes(
+        subject, slice_ = divmod(index, 32)
+        (target / f"case_{subject:03d}_slice_{slice_}.nii.png").write_bytes(
             pictures[index % len(pictures)])
 
 

@@ -99,8 +99,8 @@ def main() -> None:
                              "the batch, up to one a GPU)")
     args = parser.parse_args()
     device = local_device(args.device)
-    cards = torch.cuda.device_count() if device.type == "cuda" else 2
-    counts = args.processes or [n for n in range(1, cards + 1)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 2
+    counts = args.processes or [n for n in range(1, gpus + 1)
                                 if PRESETS["64"]["batch_size"] % n == 0]
 
     batches = against_batch(args.size, args.batch_sizes, device, args.repeats)
