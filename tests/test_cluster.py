@@ -212,7 +212,7 @@ def test_one_line_for_all_processes(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu:0", "mps:0"])
-def test_a_device_that_is_no_numbered_card(monkeypatch, name):
+def test_a_device_that_is_no_numbered_gpu(monkeypatch, name):
     """torch.cuda.set_device takes no plain "cuda", which is what "auto" means on one GPU, and
     nothing but GPUs."""
     monkeypatch.setattr(distributed, "choose_device", torch.device)

@@ -36,8 +36,8 @@ def move(module, function, recurse=True):
 
 
 @pytest.fixture
-def run_on_card(make_run, monkeypatch):
-    """run_on_card(free, **changes) -> make_run's on an H100 with so many bytes free.
+def run_on_gpu(make_run, monkeypatch):
+    """run_on_gpu(free, **changes) -> make_run's on an H100 with so many bytes free.
 
     Its backward pass leaves a gradient of zeros on each parameter.
     """
@@ -64,8 +64,8 @@ def run_on_card(make_run, monkeypatch):
 
 @pytest.mark.parametrize("free", [2**36, 0], ids=["set on the GPU", "set on the host"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_step_stays_on_the_card_and_the_host_never_waits(run_on_card, dtype, free):
-    run = run_on_card(free, dtype=dtype, accumulate=2)
+def test_a_step_stays_on_the_gpu_and_the_host_never_waits(run_on_gpu, dtype, free):
+    run = run_on_gpu(free, dtype=dtype, accumulate=2)
     assert run.data["train"].images.is_cuda == bool(free)
     run.train_step()  # tables go to the GPU once
     with NoWaiting():
@@ -80,8 +80,8 @@ def test_a_step_stays_on_the_card_and_the_host_never_waits(run_on_card, dtype, f
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_samples_and_validation_stay_on_the_card(run_on_card, dtype):
-    run = run_on_card(dtype=dtype)
+def test_samples_and_validation_stay_on_the_gpu(run_on_gpu, dtype):
+    run = run_on_gpu(dtype=dtype)
     assert run.sample(4, SamplerConfig(steps=3)).is_cuda
     with pytest.raises(DynamicOutputShapeException):  # the losses' quartiles, behind the GPU
         run.evaluate("validate")

@@ -167,7 +167,7 @@ def test_subject_of(tmp_path, name, subject):
 
 
 def test_names_without_a_subject(tmp_path, capsys):
-    """Plain numbers start anew in every split and state no subject, which is a risk in one folder."""
+    """Plain numbers start anew in every split and state no subject: a risk in one folder."""
     for folder in (tmp_path / "a" / "train", tmp_path / "a" / "test", tmp_path / "b"):
         for number in range(4):
             write(folder / f"{number:04d}.png", ramp())

@@ -44,14 +44,14 @@ def distance(value: torch.Tensor, exact: torch.Tensor) -> float:
 def test_the_net_computes_what_the_cpu_does(dtype, tolerance):
     """TF32 in convolutions is allowed in float32: 2.3e-3 if its inputs are cut off, not rounded."""
     net, x, t = randomised(), torch.randn(4, 1, 16, 16), torch.tensor([0, 10, 500, 999])
-    on_card = copy.deepcopy(net).to(CUDA, memory_format=torch.channels_last)
-    out = run_net(on_card, x.to(CUDA), t.to(CUDA), getattr(torch, dtype))
+    on_gpu = copy.deepcopy(net).to(CUDA, memory_format=torch.channels_last)
+    out = run_net(on_gpu, x.to(CUDA), t.to(CUDA), getattr(torch, dtype))
     assert out.dtype == torch.float32
     assert distance(out, net(x, t)) < tolerance
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_seed_is_the_same_slice_on_the_card(sampler):
+def test_a_seed_is_the_same_slice_on_the_gpu(sampler):
     """Noise is drawn on the CPU; a checkpoint's slices differ by rounding alone."""
     net, scheduler = randomised(), NoiseScheduler(make_scheduler_config("cosine"))
     images = {}
@@ -62,7 +62,7 @@ def test_a_seed_is_the_same_slice_on_the_card(sampler):
     assert distance(images["cuda"], images["cpu"]) < 0.02
 
 
-def test_the_set_lies_on_the_card_as_uint8():
+def test_the_set_lies_on_the_gpu_as_uint8():
     images, names = phantom_slices(16, 0, 5)
     before = torch.cuda.memory_allocated()
     slices = Slices(images, names, CUDA)
@@ -111,7 +111,7 @@ def test_compiled_is_as_eager(make_run):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_step_waits_for_the_card(make_run, dtype):
+def test_no_step_waits_for_the_gpu(make_run, dtype):
     """PyTorch itself reports each operation that makes the host wait."""
     run = make_run(device=CUDA, dtype=dtype, accumulate=2)
     run.train_step()  # tables go to the GPU once
@@ -123,7 +123,7 @@ def test_no_step_waits_for_the_card(make_run, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_continues_on_the_card_and_moves_to_the_cpu(make_run, dtype):
+def test_continues_on_the_gpu_and_moves_to_the_cpu(make_run, dtype):
     run = make_run(device=CUDA, dtype=dtype)
     for _ in range(3):
         run.train_step()
