@@ -2,8 +2,8 @@
 
     python -m tools.figures --data ROOT --run RUN
 
-ROOT holds the real slices that stand beside generated ones, RUN is the run folder of the shipped
-64-pixel model (for its loss curve). Without them, their figures stay as they are.
+ROOT holds the real slices that stand beside generated ones, RUN is the run folder whose loss and
+samples are shown. Without them, their figures stay as they are.
 """
 
 import json
@@ -28,7 +28,7 @@ from tools.volumes import Cutting, cut_volume, upright
 from utils.checkpoint import SHIPPED
 from utils.cli import Parser, run_cli
 from utils.device import choose_dtype
-from utils.files import save_grid, to_uint8
+from utils.files import read_slice, save_grid, to_uint8
 
 IMAGES = ROOT / "images"
 CPU = torch.device("cpu")
@@ -215,6 +215,20 @@ def draw_features(model: Model) -> None:
     figure.savefig(IMAGES / "features.png", dpi=110)
 
 
+def draw_training(run: Path) -> None:
+    """The loss of a run, and what its EMA model drew from the same four seeds at five steps."""
+    shutil.copy(run / "loss.png", IMAGES / "loss.png")
+    saved = sorted((run / "samples").glob("step_*.png"))
+    shown = [saved[i] for i in np.geomspace(1, len(saved), 5).round().astype(int) - 1]
+    figure, panels = plt.subplots(1, len(shown), figsize=(10.4, 2.6), layout="constrained")
+    for axes, path in zip(panels, shown):
+        grid = read_slice(path)  # 4 by 4 slices
+        axes.imshow(grid[:grid.shape[0] // 2, :grid.shape[1] // 2], cmap="gray", vmin=0, vmax=255)
+        axes.set_axis_off()
+        axes.set_title(f"step {int(path.stem[5:]):,}", fontsize=9)
+    figure.savefig(IMAGES / "training.png", dpi=120)
+
+
 def draw_samplers() -> None:
     """Quality against network calls, from docs/samplers.json."""
     compared = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))["compare"]
@@ -235,7 +249,7 @@ def main() -> None:
     parser = Parser(prog="python -m tools.figures", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of real slices (default: none)")
     parser.add_argument("--run", type=Path,
-                        help="run folder of the 64-pixel model (default: none)")
+                        help="run folder whose training is shown (default: none)")
     args = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     model = load_model(SHIPPED["64"], CPU)
@@ -256,7 +270,7 @@ def main() -> None:
         draw_rows(slices, args.data, "native.png")
         draw_blind(slices, args.data)
     if args.run:
-        shutil.copy(args.run / "loss.png", IMAGES / "loss.png")
+        draw_training(args.run)
     draw_samplers()
     write_tables()
 

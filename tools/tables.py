@@ -68,7 +68,21 @@ def samplers() -> str:
     return table([*rows, ["floor", "", *floors]])
 
 
-TABLES = {"glance": glance, "quality": quality, "samplers": samplers}
+def time_to_quality() -> str:
+    """Ours and other projects after the same training time."""
+    found = json.loads((ROOT / "docs" / "time_to_quality.json").read_text("utf-8"))["results"]
+    names = ("spectrum", "kid", "frechet", "two_sample", "precision")
+    rows = [["trained", "parameters", "images seen", "spectrum", "KID", "Frechet", "two-sample",
+             "precision"]]
+    for run in found:
+        rows.append([run["name"], f"{run['parameters'] / 1e6:.1f} M", f"{run['images_seen']:,}",
+                     *(number(run["measures"][name]["value"]) for name in names)])
+    floors = [number(found[0]["measures"][name]["floor"]) for name in names]
+    return table([*rows, ["floor", "", "", *floors]])
+
+
+TABLES = {"glance": glance, "quality": quality, "samplers": samplers,
+          "time_to_quality": time_to_quality}
 
 
 def fill(text: str) -> str:

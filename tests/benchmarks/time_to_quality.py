@@ -101,11 +101,11 @@ def contenders(images: Tensor, args: argparse.Namespace, device: torch.device) -
     def theirs(make: Callable, own_net: bool) -> Callable:
         return lambda: train_theirs(make(device, SIZE, BATCH, precision, images=images,
                                          own_net=own_net), args, device)
-    return {"ours": lambda: train_ours(args, device),
-            "diffusers, its net": theirs(diffusers_training, True),
-            "diffusers, our size": theirs(diffusers_training, False),
-            "denoising-diffusion-pytorch, its net": theirs(ddp_training, True),
-            "denoising-diffusion-pytorch, our size": theirs(ddp_training, False)}
+    names = {"same": "our size", "own": "its net"}
+    return {"ours": lambda: train_ours(args, device)} | {
+        f"{project}, {names[nets]}": theirs(make, nets == "own") for nets in args.nets
+        for project, make in (("diffusers", diffusers_training),
+                              ("denoising-diffusion-pytorch", ddp_training))}
 
 
 def compete(name: str, make: Callable, args: argparse.Namespace, reference: Reference,
@@ -149,6 +149,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of real slices")
     parser.add_argument("--minutes", type=positive_float, default=30.0, metavar="M",
                         help="training time of each (default: %(default)s)")
+    parser.add_argument("--nets", nargs="+", choices=("same", "own"), default=["same", "own"],
+                        help="the others' nets: as large as ours, or their own, which take a GPU "
+                             "(default: both)")
     parser.add_argument("--num", type=positive_int, default=200, metavar="N",
                         help="slices to draw of each (default: %(default)s)")
     parser.add_argument("--device", default="auto", metavar="D",
