@@ -1,4 +1,4 @@
-"""The network and the diffusion: a UNet that predicts noise, and the process it inverts.
+"""The network and the diffusion: a UNet that denoises, and the process that it reverses.
 
 Read top to bottom like the paper: `UNet` (Ho et al. 2020, section 4 and appendix B), then
 `NoiseScheduler` (forward process, eq. 4), then the reverse process: `noise_levels`, `Denoiser`
@@ -72,7 +72,7 @@ class UNetConfig:
         if self.refine_channels % 8 or self.refine_channels and not self.final_channels:
             raise ValueError(f"refine_channels {self.refine_channels}: give a multiple of 8, with "
                              "final_channels above 0")
-        if not isinstance(self.dropout, float) and \
+        if isinstance(self.dropout, tuple) and \
                 len(self.dropout) != len(self.block_out_channels):
             raise ValueError(f"dropout: {len(self.dropout)} values for "
                              f"{len(self.block_out_channels)} levels; give one, or one for each")
@@ -89,7 +89,7 @@ class UNetConfig:
 
     def level_dropout(self, level: int) -> float:
         """Dropout probability of a level's residual blocks."""
-        return self.dropout if isinstance(self.dropout, float) else self.dropout[level]
+        return self.dropout[level] if isinstance(self.dropout, tuple) else self.dropout
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -585,7 +585,7 @@ class NoiseScheduler:
 
         Uniform for p_mean None; else the one under which ln sigma, with sigma =
         sqrt((1 - alpha-bar) / alpha-bar), is normal with mean p_mean and standard deviation p_std
-        (Karras et al. 2022, table 1), cut off at the ends of the table.
+        (Karras et al. 2022, table 1); the tails beyond the table go to its first and last timestep.
         """
         total = self.config.num_train_timesteps
         if p_mean is None:
@@ -698,9 +698,8 @@ def run_net(net: Callable, sample: Tensor, timesteps: Tensor, dtype: torch.dtype
 def remove_grid(x: Tensor, patch_size: int) -> Tensor:
     """x, (B, C, H, W), without its part that repeats with the period of the patches.
 
-    GroupNorm subtracts the means of feature maps. In a net of patches, they hold this part of the
-    noise, which the net therefore hardly sees: it would stay in the image as a grid. Real images
-    have almost no power there.
+    Nets of patches leave this part of the noise in the image, as a grid, probably because GroupNorm
+    subtracts the means of feature maps, which hold it. Real images have almost no power there.
     """
     means = F.pixel_unshuffle(x, patch_size).mean((2, 3), keepdim=True)
     grid = F.pixel_shuffle(means, patch_size)  # (B, C, patch_size, patch_size)
@@ -769,7 +768,7 @@ class Denoiser:
             clean = output
         else:  # Salimans & Ho 2022, appendix D
             clean = level.signal * x - level.noise * output
-        if self.epsilon_scale != 1:
+        if self.epsilon_scale != 1 and level.signal:
             epsilon = (x - level.signal * clean) / (level.noise * self.epsilon_scale)
             clean = (x - level.noise * epsilon) / level.signal
         if self.patch_size > 1:
@@ -826,8 +825,9 @@ def dpmpp(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable
           eta: float = 0.0):
     """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2; for eta 1, SDE-DPM-Solver++(2M) there.
 
-    Written as DDIM with x_0 extrapolated, in lambda, to the middle of the step. The first and the
-    last step, where one end has no finite lambda, are of first order.
+    Written as DDIM with x_0 extrapolated, in lambda, to the middle of the step. The first step,
+    which has no earlier prediction, and the last, whose end has an infinite lambda, are of first
+    order; with zero terminal SNR the second one too.
     """
     before = clean_before = None
     for now, then in pairwise(levels):

@@ -87,9 +87,11 @@ def load_guide(name: str, model: Model, device: torch.device) -> Model:
     Raises UserError if it cannot be loaded, or is not of the same slices and diffusion.
     """
     guide = load_model(find_model(name, "--guide"), device)
-    for field in ("sample_size", "in_channels", "out_channels", "label_dim"):
+    for field in ("sample_size", "in_channels", "out_channels"):
         check_equal(guide, field, guide.net.config, model.net.config)
-    for field in ("prediction_type", *vars(model.scheduler.config)):
+    for field in vars(model.labels):
+        check_equal(guide, field, guide.labels, model.labels)
+    for field in vars(model.scheduler.config):
         check_equal(guide, field, guide.scheduler.config, model.scheduler.config)
     return guide
 
@@ -136,12 +138,11 @@ def make_denoiser(model: Model, args: argparse.Namespace, device: torch.device) 
 
     Raises UserError for guidance without either, or values that make no sense.
     """
-    asked = args.guidance is not None or args.guidance_interval
     if args.guidance_interval and args.guidance is None and not args.guide:
         raise UserError("--guidance-interval needs --guidance W or --guide CHECKPOINT")
-    if asked and not args.guide and not model.labels.dim:
-        option = "--guidance" if args.guidance is not None else "--guidance-interval"
-        raise UserError(f"{option} needs a model to guide away from, since {model.path} has no "
+    labels = model.labels.height_range or model.labels.classes
+    if args.guidance is not None and not args.guide and not labels:
+        raise UserError(f"--guidance needs a model to guide away from, since {model.path} has no "
                         "labels; give --guide CHECKPOINT")
     guidance = (1.5 if args.guide else 1.0) if args.guidance is None else args.guidance
     if not 0 <= guidance < math.inf:
@@ -210,15 +211,16 @@ def generate(model: Model, slices: Iterable[Slice | int],
     init: (C, H, W) in [-1, 1], noised to `strength`, above 0 to 1, and denoised again (SDEdit, Meng
         et al. 2022); 1 starts from noise.
     mask: boolean (C, H, W), True where to fill in; elsewhere `init` is kept (RePaint, Lugmayr et
-        al. 2022).
+        al. 2022). Raises ValueError without `init`.
     watch: is called with each x_t and its predicted x_0 (B, C, H, W).
     """
     net, labels = model.net, model.labels
     device = next(net.parameters()).device
     denoise = denoise or Denoiser(net, model.scheduler, dtype=choose_dtype("auto", device),
                                   patch_size=net.config.patch_size)
-    if init is not None and mask is not None:
-        denoise.known = init.to(device), mask.to(device)
+    if mask is not None and init is None:
+        raise ValueError("mask: needs init, the image to fill in")
+    denoise.known = None if mask is None else (init.to(device), mask.to(device))
     slices = [s if isinstance(s, Slice) else Slice(
         s, seed_height(s) if labels.height_range else None) for s in slices]
 

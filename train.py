@@ -124,6 +124,8 @@ PRESETS = {
 image_size = checked(lambda text: text if text == "native" else int(text),
                     lambda v: v == "native" or v >= 1, "a number of pixels or native")
 ema_length = checked(float, lambda v: 0.001 <= v <= 0.28, "a number from 0.001 to 0.28")
+ema_short = checked(float, lambda v: v == 0 or 0.001 <= v <= 0.28,
+                    "0 or a number from 0.001 to 0.28")
 
 # Options: name, help, default (None: from the preset), type or choices.
 OPTIONS = {
@@ -160,7 +162,7 @@ OPTIONS = {
         ("weight-decay", "AdamW's weight decay", 0.0, fraction),
         ("grad-clip", "maximum gradient norm", 1.0, positive_float),
         ("ema-length", "length of the EMA, as a fraction of the training so far", 0.09, ema_length),
-        ("ema-short", "length of a second, shorter EMA (0: none)", None, fraction),
+        ("ema-short", "length of a second, shorter EMA (0: none)", None, ema_short),
     ],
     "diffusion and net": [
         ("schedule", "noise schedule; cosine-shifted is shifted according to the image size", None,
@@ -293,8 +295,9 @@ def draw_timesteps(count: int, cdf: Tensor) -> Tensor:
     """Draws (count,) timesteps in ascending order from a cumulative distribution, float32 (T,).
 
     One is drawn from each of `count` intervals of equal probability: the loss varies less from
-    step to step than with independent draws, at the same distribution (low-discrepancy sampler,
-    Kingma et al. 2021). The order may be ascending because the order of the slices is random.
+    step to step than with independent draws, at the same distribution (stratified sampling; Kingma
+    et al. 2021 use one offset for all intervals). The order may be ascending because the order of
+    the slices is random.
     """
     device = cdf.device
     places = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count

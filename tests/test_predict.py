@@ -123,6 +123,7 @@ def test_guidance_from_the_command_line(make_run, tmp_path, monkeypatch):
     (dict(schedule="linear"), ["beta_schedule", "linear", "squaredcos_cap_v2"]),
     (dict(schedule="cosine", prediction_type="sample"), ["prediction_type", "sample"]),
     (dict(schedule="cosine", num_train_timesteps=500), ["num_train_timesteps", "500"]),
+    (dict(classes=["CDR 2", "CDR 1", "CDR 0.5", "CDR 0"]), ["classes", "CDR 0.5"]),
 ])
 def test_guides_of_something_else_are_rejected(make_run, tmp_path, rejected, changes, words):
     guide = tmp_path / "guide.safetensors"
@@ -133,8 +134,13 @@ def test_guides_of_something_else_are_rejected(make_run, tmp_path, rejected, cha
     else:
         with safe_open(SHIPPED["64"], framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            config = json.dumps(asdict(make_scheduler_config(**changes)))
-            save_file(tensors, guide, {**file.metadata(), "scheduler": config})
+            configs = {name: json.loads(file.metadata()[name]) for name in ("scheduler", "labels")}
+            if "classes" in changes:
+                configs["labels"] |= changes
+            else:
+                configs["scheduler"] = asdict(make_scheduler_config(**changes))
+            save_file(tensors, guide, file.metadata() | {
+                name: json.dumps(config) for name, config in configs.items()})
     rejected("predict.py", ["--model", "64", "--guide", guide], "--guide", guide.name, *words)
 
 
@@ -365,6 +371,20 @@ def test_a_mask_keeps_the_rest(tiny, picture, tmp_path):
         drawn = read_slice(out / f"slice_{seed:06d}.png")
         assert (drawn == levels)[torch.from_numpy(mask == 0)].all()
         assert (drawn != levels)[torch.from_numpy(mask > 0)].any()
+
+
+def test_a_mask_does_not_stay_with_the_denoiser(make_run):
+    run = make_run()
+    run.export()
+    model = load_model(run.folder / "model.safetensors", torch.device("cpu"))
+    denoise = Denoiser(model.net, model.scheduler)
+    few, plain = SamplerConfig(steps=2), list(generate(model, [0], denoise=denoise, batch_size=1))
+    init, mask = torch.ones(1, 16, 16), torch.zeros(1, 16, 16, dtype=torch.bool)
+    [(filled, _)] = generate(model, [0], few, denoise, 1, init, mask)
+    assert (filled == 1).all()
+    assert torch.equal(list(generate(model, [0], denoise=denoise, batch_size=1))[0][0], plain[0][0])
+    with pytest.raises(ValueError, match="init"):
+        next(generate(model, [0], mask=mask))
 
 
 def test_a_filled_region_follows_what_is_around_it():

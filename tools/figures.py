@@ -29,6 +29,7 @@ from utils.checkpoint import SHIPPED
 from utils.cli import Parser, run_cli
 from utils.device import choose_dtype
 from utils.files import read_slice, save_grid, to_uint8
+from utils.log import draw_losses
 
 IMAGES = ROOT / "images"
 CPU = torch.device("cpu")
@@ -217,6 +218,7 @@ def draw_features(model: Model) -> None:
 
 def draw_training(run: Path) -> None:
     """The loss of a run, and what its EMA model drew from the same four seeds at five steps."""
+    draw_losses(run)
     shutil.copy(run / "loss.png", IMAGES / "loss.png")
     saved = sorted((run / "samples").glob("step_*.png"))
     shown = [saved[i] for i in np.geomspace(1, len(saved), 5).round().astype(int) - 1]

@@ -81,8 +81,8 @@ def time_to_quality() -> str:
     return table([*rows, ["floor", "", "", *floors]])
 
 
-TABLES = {"glance": glance, "quality": quality, "samplers": samplers,
-          "time_to_quality": time_to_quality}
+TABLES = {"glance": glance, "time_to_quality": time_to_quality, "quality": quality,
+          "samplers": samplers}
 
 
 def fill(text: str) -> str:

@@ -40,8 +40,8 @@ def unusable_gpu() -> str | None:
         return None
     version = re.search(r"\d+\.\d+[.\d]*", NVIDIA_DRIVER.read_text(encoding="utf-8"))
     return (f"the NVIDIA driver {version[0] if version else 'here'} does not work with torch "
-            f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'}); README, "
-            "\"Dependencies\", names the build of torch for it")
+            f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'}); see "
+            "\"Older GPU drivers\" in docs/cluster.md")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -96,7 +96,7 @@ class Log:
         if self.bar.disable:
             left = (self.total - self.step) / max(1e-9, self.steps_per_second())
             print(f"step {self.step}/{self.total}  {text}  {float(row['memory_gib']):.3g} GiB  "
-                  f"{left / 60:.0f} min left", flush=True)
+                  f"{left / 60:.0f} min of training left", flush=True)
 
 
 def draw_losses(folder: Path) -> None:
@@ -108,8 +108,9 @@ def draw_losses(folder: Path) -> None:
     curves = [(left, "loss", "train", dict(color="0.7")),
               (left, "validation_loss", "validation, EMA model",
                dict(marker="o", ms=3, color="C3"))]
-    curves += [(right, f"validation_{quartile}", f"t in [{index}/4, {index + 1}/4) of T",
-                dict(marker="o", ms=3)) for index, quartile in enumerate(QUARTILES)]
+    bounds = ("0", "T/4", "T/2", "3T/4", "T")
+    curves += [(right, f"validation_{quartile}", f"t from {bounds[i]} to {bounds[i + 1]}",
+                dict(marker="o", ms=3)) for i, quartile in enumerate(QUARTILES)]
     for axes, name, label, how in curves:
         points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
         if points:
