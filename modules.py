@@ -713,7 +713,7 @@ class Denoiser:
     net, guide: (B, C, H, W), (B,) float timesteps and, if `labels` is set, label vectors (B, dim)
         -> (B, C, H, W), in the scheduler's `prediction_type`.
     guidance: w in D = D_guide + w (D_net - D_guide), so 1 is none. The guide is a weaker model
-        (Karras et al. 2024) or, for None, the net itself without its labels (Ho & Salimans 2022).
+        (Karras et al. 2024a) or, for None, the net itself without its labels (Ho & Salimans 2022).
     guidance_interval: lowest and highest sigma with guidance (Kynkäänniemi et al. 2024).
     epsilon_scale: divides the predicted noise (Ning et al. 2024); above 1 sharpens.
     clip: whether to clip x_0 to [-1, 1]; None for the scheduler's `clip_sample`.
@@ -943,7 +943,7 @@ def sample(denoise: Denoiser, seeds: list, shape: tuple[int, int, int],
 class EMA:
     """Exponential moving average of a net's parameters; buffers are copied.
 
-    With a power-function profile (Karras et al. 2024, section 3.1): its length is a constant
+    With a power-function profile (Karras et al. 2024b, section 3.1): its length is a constant
     fraction of the training so far, so that short runs forget the initial net.
     length: standard deviation of the profile, relative to the training so far, 0 to 0.28.
     """
@@ -957,7 +957,7 @@ class EMA:
     def update(self, net: nn.Module) -> None:
         """Moves the EMA weights towards those of `net`."""
         self.num_updates += 1
-        decay = (1 - 1 / self.num_updates) ** (self.gamma + 1)  # Karras et al. 2024, section 3.1
+        decay = (1 - 1 / self.num_updates) ** (self.gamma + 1)  # Karras et al. 2024b, section 3.1
         averaged, current = list(self.net.parameters()), list(net.parameters())
         torch._foreach_lerp_(averaged, current, 1 - decay)
         for ours, theirs in zip(self.net.buffers(), net.buffers()):
@@ -967,7 +967,7 @@ class EMA:
 def power_function_exponent(length: float) -> float:
     """gamma of the profile t^gamma on [0, 1] whose standard deviation is `length`.
 
-    Solves length = sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) by bisection (Karras et al. 2024,
+    Solves length = sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) by bisection (Karras et al. 2024b,
     section 3.1).
     """
     low, high = 0.0, 1e4  # the standard deviation falls with gamma

@@ -376,7 +376,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("guidance").add_argument
     add("--guide", metavar="RUN_OR_FILE",
         help="a weaker model of the same data, smaller or less trained, to guide away from, as in "
-             "Karras et al. 2024 (default: the model itself without its labels)")
+             "Karras et al. 2024a (default: the model itself without its labels)")
     add("--guidance", type=float, metavar="W",
         help="guide + W (model - guide); 1 is none (default: 1.5 with --guide, else 1)")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),

@@ -666,7 +666,7 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
                 on_rank_zero(save_grid, run.sample(), picture, 4)
                 on_rank_zero(draw_losses, run.folder)
                 on_rank_zero(run.save)
-                if run.step <= run.config.steps / 4:  # the last of them guides (Karras et al. 2024)
+                if run.step <= run.config.steps / 4:  # the last one guides (Karras et al. 2024a)
                     on_rank_zero(run.export, "guide")
             log.restart()
         if stop.reason and run.step != run.saved_step:
