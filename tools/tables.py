@@ -81,7 +81,7 @@ def time_to_quality() -> str:
     return table([*rows, ["floor", "", "", *floors]])
 
 
-TABLES = {"glance": glance, "quality": quality,
+TABLES = {"glance": glance, "time_to_quality": time_to_quality, "quality": quality,
           "samplers": samplers}
 
 
