@@ -54,6 +54,7 @@ def test_train_rejects(data, tmp_path, rejected):
     attempt(["--batch-size", "4", "--accumulate", "3"], "--accumulate 3")
     attempt(["--device", "abacus"], "--device", "abacus")
     attempt(["--steps", "none"], "--steps", "'none'")
+    attempt(["--ema-short", "0.5"], "--ema-short", "0.28")
     attempt(["--schedule", "zero-snr", "--prediction-type", "epsilon"], "prediction_type")
     (tmp_path / "r").write_text("a file")
     attempt([], "cannot be written")

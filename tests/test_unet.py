@@ -171,6 +171,10 @@ def test_the_final_convolution_sees_across_the_borders_of_patches():
     assert (rows.min(), rows.max()) == (11, 13) and (columns.min(), columns.max()) == (11, 13)
 
 
+def test_dropout_may_be_a_whole_number():
+    assert UNetConfig(dropout=0).level_dropout(1) == 0
+
+
 def test_dropout_by_level():
     config = UNetConfig(sample_size=(32, 32), block_out_channels=(32, 32), dropout=(0.0, 0.3),
                         attention_resolutions=())

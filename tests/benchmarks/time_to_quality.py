@@ -5,7 +5,7 @@
 Each trains on the same 64-pixel slices for the same time with its project's defaults, with the net
 that its project proposes and with one of the size of ours, in bfloat16 where the hardware has it.
 The same sampler, predict.py's default, then draws slices from each one's EMA weights, and the
-measures of tools.evaluate judge them. What is in --out already is not done again.
+measures of tools.evaluate judge them. What --out holds of the same settings is not done again.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def train_ours(args: argparse.Namespace, device: torch.device) -> dict:
     run, start = our_run(args, steps), clock(device)
     for _ in range(steps):
         run.train_step()
-    denoise = Denoiser(run.ema.net, run.scheduler, dtype=run.dtype, patch_size=2)
+    denoise = Denoiser(run.ema.net, run.scheduler, dtype=run.dtype,
+                       patch_size=run.net.config.patch_size)
     return {"steps": steps, "minutes": (clock(device) - start) / 60,
             "parameters": sum(p.numel() for p in run.net.parameters()), "denoise": denoise,
             "labels": run.labels.for_seeds}
@@ -108,10 +109,15 @@ def contenders(images: Tensor, args: argparse.Namespace, device: torch.device) -
                               ("denoising-diffusion-pytorch", ddp_training))}
 
 
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    """Where a contender's slices and result lie."""
+    return args.out / f"{name.replace(', ', '-').replace(' ', '-')}-{args.minutes:g}min-{args.num}"
+
+
 def compete(name: str, make: Callable, args: argparse.Namespace, reference: Reference,
             device: torch.device) -> dict:
     """Trains a contender, draws its slices into a folder and measures them; or reads them."""
-    folder = args.out / name.replace(", ", "-").replace(" ", "-")
+    folder = folder_of(name, args)
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text("utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +139,7 @@ def plot(results: list[dict], args: argparse.Namespace) -> None:
                                 layout="constrained")
     pictures = {"real (test)": real_slices(args.data, (SIZE, SIZE), 8)}
     for result in results:
-        folder = args.out / result["name"].replace(", ", "-").replace(" ", "-")
+        folder = folder_of(result["name"], args)
         pictures[result["name"]] = torch.stack([read_slice(folder / f"slice_{i}.png")[None]
                                                 for i in range(8)]) / 127.5 - 1
     for axes, (name, images) in zip(rows, pictures.items()):
