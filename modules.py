@@ -15,7 +15,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -411,8 +411,6 @@ class SchedulerConfig:
     prediction_type: what the net predicts: "epsilon", "v_prediction" (Salimans & Ho 2022,
         appendix D) or "sample".
     clip_sample: clip the predicted clean image to [-1, 1] at every reverse step.
-    variance_type, timestep_spacing: for diffusers alone: the variance of `ddpm` (Ho et al.,
-        section 3.2, that of the posterior) and one of our spacings.
 
     Raises ValueError for invalid values, naming the field.
     """
@@ -424,16 +422,12 @@ class SchedulerConfig:
     log_snr_shift: float = 0.0
     rescale_betas_zero_snr: bool = False
     prediction_type: str = "v_prediction"
-    variance_type: str = "fixed_small"
     clip_sample: bool = True
-    timestep_spacing: str = "trailing"
 
     def __post_init__(self):
         choices = {
             "beta_schedule": ("linear", "squaredcos_cap_v2"),
             "prediction_type": ("epsilon", "v_prediction", "sample"),
-            "variance_type": ("fixed_small",),
-            "timestep_spacing": ("trailing",),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -489,15 +483,6 @@ def make_betas(config: SchedulerConfig) -> Tensor:
     if config.log_snr_shift:
         betas = betas_of((1 - betas).cumprod(0).logit().add(config.log_snr_shift).sigmoid())
     return betas
-
-
-def diffusers_config(config: SchedulerConfig) -> dict:
-    """The config in the keys that diffusers' schedulers take; a shifted table as its betas."""
-    values = asdict(config)
-    if values.pop("log_snr_shift"):
-        values["trained_betas"] = make_betas(config).tolist()
-        values["rescale_betas_zero_snr"] = False  # the betas are rescaled already
-    return values
 
 
 def betas_of(alphas_cumprod: Tensor) -> Tensor:

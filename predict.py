@@ -40,6 +40,9 @@ position = checked(lambda text: text if text == "all" else float(text),
 strength = checked(float, lambda v: 0 < v <= 1, "a number above 0, up to 1")
 STRIP_LENGTH = 10  # pictures in the strip of the reverse process
 GRID_LENGTH = 64  # slices in grid.png at most
+# Of older versions' configs, where each had one possible value.
+FORMER_FIELDS = (("unet", "num_class_embeds"), ("scheduler", "variance_type"),
+                 ("scheduler", "timestep_spacing"))
 FIELD_MM = 208  # longer side of a slice of OASIS-1's T88 volumes
 
 # ---------------------------------------------------------------------------------------------
@@ -66,7 +69,8 @@ def load_model(path: Path, device: torch.device) -> Model:
     """
     content = read_model(path)
     try:
-        content["unet"].pop("num_class_embeds", None)  # always None in files that have it
+        for part, name in FORMER_FIELDS:
+            content[part].pop(name, None)
         net = UNet(UNetConfig(**content["unet"]))
         labels = LabelConfig(**content.get("labels", {}))
         scheduler = NoiseScheduler(SchedulerConfig(**content["scheduler"]))

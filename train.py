@@ -39,8 +39,8 @@ from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augment
 from modules import (EMA, QUALITY, SCHEDULES, Denoiser, LabelConfig, NoiseScheduler, SamplerConfig,
                      SchedulerConfig, UNet, UNetConfig, make_scheduler_config, run_net, sample,
                      seeded_noise)
-from utils.checkpoint import (FORMAT, checkpoints, find_model, newest_checkpoint, read_model,
-                              write_checkpoint)
+from utils.checkpoint import (FORMAT, check_same_run, check_shapes, checkpoints, find_model,
+                              newest_checkpoint, read_model, write_checkpoint)
 from utils.cli import (EVAL_SEED, Parser, UserError, checked, fraction, natural, positive_float,
                        positive_int, run_cli, seed_number)
 from utils.device import (choose_dtype, describe_machine, keep_freed_memory, memory_gib,
@@ -574,22 +574,16 @@ class Run:
         content = on_all_ranks(lambda: newest_checkpoint(self.folder), first=True)
         if content is None:
             return
-        stored = {part: content.get(part, {}) for part in self.parts()}
+        stored = content["train"]
         may_change = ["steps", "data", "accumulate", "extended"]
-        if self.auto_dtype and stored["train"]["dtype"] != "float16":
+        if self.auto_dtype and stored["dtype"] != "float16":
             may_change.append("dtype")
-        changed = [f"{part}.{f.name} = {stored[part].get(f.name, f.default)!r}, now {value!r}"
-                   for part, config in self.parts().items() for f in fields(config)
-                   if (value := getattr(config, f.name)) != stored[part].get(f.name, f.default)
-                   and f.name not in may_change]
-        if changed:
-            raise UserError(f"{self.folder}: holds another run ({'; '.join(changed)}); give those "
-                            "values, or another --run")
+        check_same_run(self.folder, content, self.parts(), may_change)
         if content["step"] > self.config.steps:
             raise UserError(f"--steps {self.config.steps}: {self.folder} is at step "
                             f"{content['step']} already; give more, or another --run")
-        self._check_shapes(content)
-        self._note_changes(content["step"], stored["train"])
+        check_shapes(content, self.net)
+        self._note_changes(content["step"], stored)
         self.net.load_state_dict(content["net"])
         self.ema.net.load_state_dict(content["ema"])
         self.ema.num_updates = content["ema_updates"]
@@ -618,16 +612,6 @@ class Run:
                   f"zero at step {config.steps}", flush=True)
             extended += ((step, before.steps),)
         self.config = replace(config, extended=extended)
-
-    def _check_shapes(self, content: dict) -> None:
-        """Raises ValueError unless all tensors have the right shapes."""
-        wanted = {name: tensor.shape for name, tensor in self.net.state_dict().items()}
-        shapes = [parameter.shape for parameter in self.net.parameters()]
-        if any({name: tensor.shape for name, tensor in content[part].items()} != wanted
-               for part in ("net", "ema")) or any(
-                state[name].shape != shapes[index] for name in ("exp_avg", "exp_avg_sq")
-                for index, state in content["optimizer"]["state"].items()):
-            raise ValueError("its tensors do not fit its configuration")
 
     def export(self, name: str = "model", ema: EMA | None = None) -> None:
         """Writes NAME.safetensors: EMA weights in half precision, with the configs as metadata."""

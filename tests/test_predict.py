@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 import sys
 from dataclasses import asdict
 
@@ -12,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,9 +28,12 @@ from tools.volumes import upright
 from train import finish, train
 from utils.checkpoint import SHIPPED, find_model
 from utils.cli import UserError
+from utils.device import choose_dtype
 from utils.files import read_slice, save_slice, to_uint8
 
 CPU = torch.device("cpu")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
+    choose_dtype("auto", CPU) != torch.bfloat16, reason="a CPU without bfloat16 units is slow"))]
 SHAPE = (1, 64, 64)  # of the shipped model's slices
 
 
@@ -49,7 +54,7 @@ def draw(model, seeds, config=SamplerConfig(steps=4), batch_size=4, dtype=torch.
     SamplerConfig("ddpm", 4), SamplerConfig("ddim", 4), SamplerConfig("ddim", 4, eta=0.7),
     SamplerConfig("dpmpp", 4), SamplerConfig("dpmpp", 4, eta=0.7), SamplerConfig("heun", 3),
     SamplerConfig("heun", 3, churn=1.0)], ids=lambda c: f"{c.sampler}-{c.eta}-{c.churn}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_slice_depends_on_its_seed_alone(shipped, config, dtype):
     many = draw(shipped, [5, 6, 7, 8, 9], config, dtype=dtype)
     fewer = draw(shipped, [8, 9], config, dtype=dtype)  # other count, start, place
@@ -61,7 +66,7 @@ def test_a_slice_depends_on_its_seed_alone(shipped, config, dtype):
     assert (many[5] != many[6]).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sampler, steps", [("ddim", 5), ("ddpm", 5), ("dpmpp", 5), ("heun", 10)])
 def test_batch_size_changes_next_to_nothing(shipped, sampler, steps, dtype):
     config = SamplerConfig(sampler, steps)
@@ -281,6 +286,25 @@ def test_a_second_call_draws_only_what_is_missing_or_damaged(tiny):
     assert len(rows_of(out)) == 5
     tiny("--num", 5)
     assert json.loads((out / "samples.json").read_text())["network_calls"] == 3
+
+
+@pytest.mark.long
+def test_two_ranks_draw_what_one_does(tiny, tmp_path):
+    alone, shared = tiny("--num", 7, "--batch-size", 2), tmp_path / "shared"
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--", ROOT / "predict.py", "--checkpoint", tiny.checkpoint, "--steps", "3", "--device",
+         "cpu", "--dtype", "float32", "--out", shared, "--num", "7", "--batch-size", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("7 slices of") == 1
+    names = sorted(path.name for path in alone.iterdir())
+    assert sorted(path.name for path in shared.iterdir()) == names and len(names) == 12
+    for name in names:
+        if name.endswith(".png"):
+            assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
+    ours, theirs = ({row["file"]: row for row in rows_of(folder)} for folder in (shared, alone))
+    assert ours == theirs and len(ours) == 7
 
 
 def test_folders_of_something_else_are_rejected(tiny, tmp_path, rejected):

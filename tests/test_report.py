@@ -12,27 +12,28 @@ from PIL import Image
 
 from dataset import load_splits
 from predict import load_model
-from tools.tables import BLOCK, README, ROOT, TABLES, fill
+from tools.tables import BLOCK, PAGES, ROOT, TABLES, fill
 from train import Run, TrainConfig
 from utils.checkpoint import SHIPPED
 
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-def test_the_tables_of_the_readme_are_those_of_the_measurements():
-    text = README.read_text(encoding="utf-8")
-    assert [match[2] for match in BLOCK.finditer(text)] == list(TABLES)
-    assert fill(text) == text, "run: python -m tools.tables"
+
+def test_the_tables_are_those_of_the_measurements():
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    assert [match[2] for text in texts for match in BLOCK.finditer(text)] == list(TABLES)
+    assert [fill(text) for text in texts] == texts, "run: python -m tools.tables"
 
 
 def test_links_and_pictures_of_the_documents_exist():
-    for page in [README, ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [*DOCUMENTS, ROOT / "weights" / "README.md"]:
         links = re.findall(r"\]\((?!http|#)([^)#]+)\)", page.read_text(encoding="utf-8"))
         missing = [link for link in links if not (page.parent / link).exists()]
         assert not missing, f"{page}: {missing}"
 
 
 def test_pictures_are_small_and_all_are_shown():
-    text = "".join(page.read_text(encoding="utf-8")
-                   for page in [README, *sorted((ROOT / "docs").glob("*.md"))])
+    text = "".join(page.read_text(encoding="utf-8") for page in DOCUMENTS)
     pictures = sorted((ROOT / "images").iterdir())
     assert sum(picture.stat().st_size for picture in pictures) < 15e6
     assert not [picture.name for picture in pictures if picture.name not in text]

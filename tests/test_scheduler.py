@@ -10,8 +10,9 @@ from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
                        HeunDiscreteScheduler)
 
 from modules import (SAMPLERS, SCHEDULES, SPACINGS, Denoiser, NoiseScheduler, SamplerConfig,
-                     SchedulerConfig, diffusers_config, make_scheduler_config, noise_levels,
+                     SchedulerConfig, make_scheduler_config, noise_levels,
                      reverse_process, seeded_noise, timestep_embedding)
+from tools.export import scheduler_config
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 CASES = [(s, p) for s in SCHEDULES for p in PREDICTIONS if (s, p) != ("zero-snr", "epsilon")]
@@ -58,7 +59,7 @@ def make_net(scheduler: NoiseScheduler, means=(0.3,), std: float = 0.2):
 def test_tables(schedule, total):
     config = make_scheduler_config(schedule, total, sample_size=(208, 176))
     scheduler = NoiseScheduler(config)
-    reference = DDPMScheduler(**diffusers_config(config))
+    reference = DDPMScheduler(**scheduler_config(config))
     assert scheduler.alphas_cumprod.dtype == torch.float64
     assert scheduler.alphas_cumprod.shape == (total,)
     assert (scheduler.alphas_cumprod.diff() < 0).all()
@@ -82,7 +83,7 @@ def test_linear_schedule_ends_alike_for_any_number_of_timesteps():
 @pytest.mark.parametrize("schedule, prediction", CASES)
 def test_forward_process_equals_diffusers(schedule, prediction):
     config = make_scheduler_config(schedule, 1000, prediction)
-    ours, reference = NoiseScheduler(config), DDPMScheduler(**diffusers_config(config))
+    ours, reference = NoiseScheduler(config), DDPMScheduler(**scheduler_config(config))
     reference.alphas_cumprod = ours.alphas_cumprod  # theirs are float32
     torch.manual_seed(0)
     x, noise = torch.rand(5, 1, 8, 8) * 2 - 1, torch.randn(5, 1, 8, 8)
@@ -280,7 +281,7 @@ def with_our_tables(reference, scheduler, levels):
 
 
 def their_ddpm(scheduler, levels, net, x, draw):
-    reference = DDPMScheduler(**diffusers_config(scheduler.config))
+    reference = DDPMScheduler(**scheduler_config(scheduler.config))
     reference = with_our_tables(reference, scheduler, levels)
     for t in reference.timesteps:
         x = reference.step(net(x, t[None]), t, x, generator=draw.generator).prev_sample
@@ -288,8 +289,7 @@ def their_ddpm(scheduler, levels, net, x, draw):
 
 
 def their_ddim(scheduler, levels, net, x, draw, eta=0.0):
-    values = diffusers_config(scheduler.config)
-    del values["variance_type"]
+    values = scheduler_config(scheduler.config)
     reference = with_our_tables(DDIMScheduler(**values), scheduler, levels)
     for t in reference.timesteps:
         x = reference.step(net(x, t[None]), t, x, eta=eta, use_clipped_model_output=True,

@@ -12,12 +12,13 @@ express: patches of pixels, the convolution behind them, conditions), and a mode
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modules import UNetConfig, diffusers_config
+from modules import SchedulerConfig, UNetConfig, make_betas
 from predict import Model, load_model
 from utils.checkpoint import SHIPPED, find_model
 from utils.cli import Parser, UserError, run_cli
@@ -90,6 +91,15 @@ def unet_config(config: UNetConfig, rows: int | None) -> dict:
         up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]])
 
 
+def scheduler_config(config: SchedulerConfig) -> dict:
+    """The config in the keys that diffusers' schedulers take; a shifted table as its betas."""
+    values = asdict(config) | {"timestep_spacing": "trailing"}
+    if values.pop("log_snr_shift"):
+        values["trained_betas"] = make_betas(config).tolist()
+        values["rescale_betas_zero_snr"] = False  # the betas are rescaled already
+    return values
+
+
 def export(model: Model, folder: Path) -> None:
     """Writes the folder; it becomes visible to diffusers with its last file, model_index.json.
 
@@ -115,8 +125,7 @@ def export(model: Model, folder: Path) -> None:
     unet = UNet2DModel(**unet_config(config, None if table is None else len(table)))
     unet.load_state_dict(weights)
     unet.save_pretrained(folder / "unet")
-    values = diffusers_config(model.scheduler.config) | {"clip_sample": False}  # the pipeline does
-    del values["variance_type"]
+    values = scheduler_config(model.scheduler.config) | {"clip_sample": False}  # the pipeline does
     DDIMScheduler(**values).save_pretrained(folder / "scheduler")
     shutil.copyfile(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
     write_atomic(folder / "README.md", lambda file: file.write(card(model, folder.name).encode()))

@@ -1,4 +1,4 @@
-"""The tables of README.md that hold measured numbers, made from the JSON files that hold them.
+"""The tables of measured numbers in README.md and docs/, made from the JSON files that hold them.
 
     python -m tools.tables          rewrites them in place; tests/test_report.py compares
 """
@@ -12,7 +12,7 @@ from utils.cli import Parser, run_cli
 from utils.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "sampling.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -86,14 +86,15 @@ TABLES = {"glance": glance, "time_to_quality": time_to_quality, "quality": quali
 
 
 def fill(text: str) -> str:
-    """The text of README.md with every table made anew."""
+    """The text of a page with every table made anew."""
     return BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
 def write_tables() -> None:
-    """Rewrites README.md with every table made anew."""
-    text = fill(README.read_text(encoding="utf-8"))
-    write_atomic(README, lambda file: file.write(text.encode()))
+    """Rewrites the pages with every table made anew."""
+    for page in PAGES:
+        text = fill(page.read_text(encoding="utf-8"))
+        write_atomic(page, lambda file: file.write(text.encode()))
 
 
 def main() -> None:

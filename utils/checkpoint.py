@@ -6,11 +6,13 @@ import os
 import sys
 import warnings
 import zipfile
+from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from utils.cli import UserError
@@ -110,6 +112,39 @@ def newest_checkpoint(folder: Path) -> dict | None:
     if damaged:
         raise damaged[0]
     return None
+
+
+def check_same_run(folder: Path, content: dict, configs: dict[str, object],
+                   may_change: Collection[str]) -> None:
+    """Compares a checkpoint's configs with those of the run that is to continue it.
+
+    configs: dataclasses; content[part] has the fields of configs[part] as a dict, but for those that
+        are newer than the checkpoint, which have their defaults.
+    may_change: names of fields that need not be equal.
+
+    Raises UserError for a difference, naming the fields.
+    """
+    changed = []
+    for part, config in configs.items():
+        for field in fields(config):
+            before = content.get(part, {}).get(field.name, field.default)
+            now = getattr(config, field.name)
+            if now != before and field.name not in may_change:
+                changed.append(f"{part}.{field.name} = {before!r}, now {now!r}")
+    if changed:
+        raise UserError(f"{folder}: holds another run ({'; '.join(changed)}); give those values, "
+                        "or another --run")
+
+
+def check_shapes(content: dict, net: nn.Module) -> None:
+    """Raises ValueError unless a checkpoint's tensors have the shapes of the net's."""
+    wanted = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    shapes = [parameter.shape for parameter in net.parameters()]
+    if any({name: tensor.shape for name, tensor in content[part].items()} != wanted
+           for part in ("net", "ema")) or any(
+            state[name].shape != shapes[index] for name in ("exp_avg", "exp_avg_sq")
+            for index, state in content["optimizer"]["state"].items()):
+        raise ValueError("its tensors do not fit its configuration")
 
 
 def read_safetensors(path: Path) -> dict:
