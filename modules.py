@@ -16,6 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -600,6 +601,7 @@ class SamplerConfig:
     sigma_min, sigma_max: limited to what the net was trained with, where sigma is finite.
     eta: randomness of ddim and dpmpp, 0 (none) to 1 (as ddpm).
     churn: S_churn of heun, the noise added and removed again over all steps.
+    resample: how many times each step is taken; see `resampled`.
 
     Raises ValueError for values that do not go together, starting with the field's name.
     """
@@ -612,6 +614,7 @@ class SamplerConfig:
     sigma_max: float = 500.0
     eta: float = 0.0
     churn: float = 0.0
+    resample: int = 1
 
     def __post_init__(self):
         for name, allowed in (("sampler", tuple(SAMPLERS)), ("spacing", SPACINGS)):
@@ -619,6 +622,7 @@ class SamplerConfig:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {list(allowed)}")
         checks = {
             "steps": (self.steps >= 1, "at least 1"),
+            "resample": (self.resample >= 1, "at least 1"),
             "rho": (0 < self.rho < math.inf, "above 0"),
             "sigma_min": (0 <= self.sigma_min < self.sigma_max, "from 0 to below sigma_max"),
             "eta": (0 <= self.eta <= 1, "from 0 to 1"),
@@ -850,6 +854,23 @@ def heun(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[
     yield x, x
 
 
+def resampled(sampler: Callable, times: int, denoise: Denoiser, x: Tensor,
+              levels: list[NoiseLevel], draw: Callable[[], Tensor], **options):
+    """Takes each step of a sampler `times` times, from its result noised again (eq. 4).
+
+    So the region that is filled in and what is known around it come to fit: RePaint, Lugmayr et al.
+    2022, algorithm 1. Steps are on their own, so that dpmpp is of first order.
+    """
+    for now, then in pairwise(levels):
+        for repeat in range(times):
+            if repeat:
+                signal = now.signal / then.signal
+                x = signal * x + math.sqrt(now.noise**2 - (signal * then.noise)**2) * draw()
+            start, (x, _) = sampler(denoise, x, [now, then], draw, **options)
+        yield start
+    yield x, x
+
+
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "heun": heun}
 SAMPLER_OPTIONS = {"ddpm": (), "ddim": ("eta",), "dpmpp": ("eta",), "heun": ("churn",)}
 DEFAULT_STEPS = {"ddpm": 250, "ddim": 50, "dpmpp": 20, "heun": 20}
@@ -887,10 +908,13 @@ def reverse_process(denoise: Denoiser, noise: Callable[[], Tensor],
 
     levels = noise_levels(denoise.scheduler, config, 1.0 if init is None else strength)
     options = {name: getattr(config, name) for name in SAMPLER_OPTIONS[config.sampler]}
+    sampler = SAMPLERS[config.sampler]
+    if config.resample > 1:
+        sampler = partial(resampled, sampler, config.resample)
     x = draw()
     if init is not None:
         x = levels[0].signal * init.to(device) + levels[0].noise * x
-    yield from SAMPLERS[config.sampler](denoise, x, levels, draw, **options)
+    yield from sampler(denoise, x, levels, draw, **options)
 
 
 def sample(denoise: Denoiser, seeds: list, shape: tuple[int, int, int],

@@ -31,15 +31,15 @@ from utils.cli import (EVAL_SEED, Parser, UserError, checked, positive_float, po
                        progress_bar, run_cli, seed_list, seed_number)
 from utils.device import choose_dtype, keep_freed_memory
 from utils.distributed import join_processes, local_device, on_all_ranks, rank, world_size
-from utils.files import (Manifest, read_slice, save_gif, save_grid, save_nifti, save_slice, sha256,
-                         to_uint8, write_json)
+from utils.files import sha256, write_json
 from utils.images import BadSlice, fit, read_gray, read_mr_slice
+from utils.manifest import Manifest
+from utils.pictures import save_overviews, save_reverse, save_slice
 
 position = checked(lambda text: text if text == "all" else float(text),
                    lambda v: v == "all" or 0 <= v <= 1, "a height from 0 to 1, or 'all'")
 strength = checked(float, lambda v: 0 < v <= 1, "a number above 0, up to 1")
-STRIP_LENGTH = 10  # pictures in the strip of the reverse process
-GRID_LENGTH = 64  # slices in grid.png at most
+MASK_RESAMPLE = 4  # measured: docs/experiments.md, "Filling a region"
 # Of older versions' configs, where each had one possible value.
 FORMER_FIELDS = (("unet", "num_class_embeds"), ("scheduler", "variance_type"),
                  ("scheduler", "timestep_spacing"))
@@ -215,7 +215,8 @@ def generate(model: Model, slices: Iterable[Slice | int],
     init: (C, H, W) in [-1, 1], noised to `strength`, above 0 to 1, and denoised again (SDEdit, Meng
         et al. 2022); 1 starts from noise.
     mask: boolean (C, H, W), True where to fill in; elsewhere `init` is kept (RePaint, Lugmayr et
-        al. 2022). Raises ValueError without `init`.
+        al. 2022). With `resample` above 1 in config, the region fits better. Raises ValueError
+        without `init`.
     watch: is called with each x_t and its predicted x_0 (B, C, H, W).
     """
     net, labels = model.net, model.labels
@@ -365,6 +366,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--spacing", choices=SPACINGS,
         help="noise levels even in sigma^(1/rho), in log sigma, or in training's timesteps "
              f"(default: {SamplerConfig.spacing})")
+    add("--resample", type=int, metavar="N",
+        help="times that each step is taken, each from the result of the last one noised again, "
+             "so that a filled region fits what is around it (default: 1, with --mask "
+             f"{MASK_RESAMPLE})")
     for name, metavar, text in (
             ("rho", "R", "exponent of karras spacing"),
             ("sigma-min", "S", "last noise level before the clean slice"),
@@ -419,7 +424,10 @@ def parse_args() -> argparse.Namespace:
         help="fill in only where this image is white; --init is kept elsewhere "
              "(default: everywhere)")
     add_sampling_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.mask and args.resample is None:
+        args.resample = MASK_RESAMPLE
+    return args
 
 
 def write_slices(model: Model, args: argparse.Namespace, config: SamplerConfig, denoise: Denoiser,
@@ -451,46 +459,35 @@ def write_slices(model: Model, args: argparse.Namespace, config: SamplerConfig, 
             done, calls = done + len(batch), denoise.calls
 
 
-def save_reverse(states: list[tuple[Tensor, Tensor]], out: Path) -> None:
-    """Writes reverse.png, some x_t, and reverse.gif, each x_t with its predicted x_0 beside it."""
-    shown = torch.linspace(0, len(states) - 1, min(STRIP_LENGTH, len(states))).round().long()
-    save_grid(torch.stack([states[i][0] for i in shown]), out / "reverse.png", columns=len(shown))
-    save_gif(torch.stack([to_uint8(torch.cat(pair, dim=2))[0] for pair in states]),
-             out / "reverse.gif")
+def open_manifest(args: argparse.Namespace, settings: dict, slices: dict[str, Slice]
+                  ) -> tuple[Manifest, dict[str, Slice]]:
+    """The manifest of --out, and the slices of which a file is missing or damaged."""
+    manifest = Manifest(args.out, settings, ("seed", "position", "other_seed", "mix",
+                                             "network_calls", "batch_size", "torch"))
+    todo = {name: slice_ for name, slice_ in slices.items()
+            if not all([manifest.is_done(f"{name}.{suffix}", row_of(slice_))
+                        for suffix in args.format])}
+    manifest.start(f"{name}.{suffix}" for name in todo for suffix in args.format)
+    return manifest, todo
 
 
-def save_overviews(args: argparse.Namespace, model: Model, slices: dict[str, Slice]) -> list[str]:
-    """Writes grid.png and, of a stack or an interpolation, its animation and volume: their names.
-
-    They are made of the files, so that they are the same after an interruption.
-    """
-    animated = args.interpolate or args.stack
+def overviews(args: argparse.Namespace, model: Model, slices: dict[str, Slice]) -> list[str]:
+    """Writes the overviews of the slices in --out; returns their names."""
     files = [args.out / f"{name}.{args.format[0]}" for name in slices]
-    images = torch.stack([read_slice(path) for path in (files if animated else
-                                                        files[:GRID_LENGTH])])
-    save_grid(images[:GRID_LENGTH, None] / 127.5 - 1, args.out / "grid.png",
-              columns=min(8, len(images)))
-    if animated:
-        save_gif(images, args.out / ("scan.gif" if args.stack else "interpolation.gif"))
+    animation = "scan.gif" if args.stack else "interpolation.gif" if args.interpolate else None
+    spacing = None
     if args.stack:
+        pixel_mm = FIELD_MM / max(model.net.config.sample_size)
         low, high = model.labels.height_range
-        pixel_mm = FIELD_MM / max(images.shape[1:])
-        step = (high - low) * args.slice_step / max(len(images) - 1, 1)
-        save_nifti(images, args.out / "stack.nii.gz", (pixel_mm, pixel_mm, step))
-    return ["grid.png", "reverse.png"] + ["scan.gif", "stack.nii.gz"] * args.stack + \
-        ["interpolation.gif"] * bool(args.interpolate)
-
-
-def main() -> None:
-    args = parse_args()
-    join_processes()
-    on_all_ranks(lambda: predict(args))
+        spacing = (pixel_mm, pixel_mm,
+                   (high - low) * args.slice_step / max(len(slices) - 1, 1))
+    return [*save_overviews(files, args.out, animation, spacing), "reverse.png"]
 
 
 def predict(args: argparse.Namespace) -> None:
-    keep_freed_memory()
-    config = sampler_config(args)
-    device = local_device(args.device)
+    """Samples what the options ask for, and writes it."""
+    begin = time.monotonic()
+    config, device = sampler_config(args), local_device(args.device)
     model = load_model(find_model(args.checkpoint or SHIPPED[args.model]), device)
     try:
         noise_levels(model.scheduler, config)
@@ -501,32 +498,16 @@ def predict(args: argparse.Namespace) -> None:
     args.stack = args.stack or args.position == "all"
     slices, start = requested(args, model), read_init(args, model)
     settings = settings_of(args, model, config, denoise, start)
-    begin, files = time.monotonic(), {name: [f"{name}.{suffix}" for suffix in args.format]
-                                      for name in slices}
-
-    def open_manifest() -> tuple[Manifest, list[str]]:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); give another "
-                            "folder") from None
-        manifest = Manifest(args.out, settings, ("seed", "position", "other_seed", "mix",
-                                                 "network_calls", "batch_size", "torch"))
-        todo = [name for name, slice_ in slices.items()
-                if not all([manifest.is_done(file, row_of(slice_)) for file in files[name]])]
-        manifest.start(file for name in todo for file in files[name])
-        return manifest, todo
-
-    manifest, todo = on_all_ranks(open_manifest, first=True)
-    mine = {name: slices[name] for name in todo[rank()::world_size()]}
+    manifest, todo = on_all_ranks(lambda: open_manifest(args, settings, slices), first=True)
+    mine = {name: todo[name] for name in list(todo)[rank()::world_size()]}
     batch_size = min(args.batch_size, -(-len(slices) // world_size()))
     on_all_ranks(lambda: mine and write_slices(model, args, config, denoise, mine, batch_size,
                                                start, manifest, next(iter(slices))))
     if rank() > 0:
         return
-    written = save_overviews(args, model, slices)
+    first_file = f"{next(iter(slices))}.{args.format[0]}"
     calls = denoise.calls // -(-len(mine) // batch_size) if mine else \
-        int(manifest.rows[next(iter(files.values()))[0]]["network_calls"])
+        int(manifest.rows[first_file]["network_calls"])
     write_json(args.out / "samples.json", {
         "model": str(model.path), **settings, "guide": args.guide, "position": args.position,
         "network_calls": calls, "first_seed": next(iter(slices.values())).seed,
@@ -534,7 +515,15 @@ def predict(args: argparse.Namespace) -> None:
     there = f" ({len(slices) - len(todo)} were there)" if len(todo) < len(slices) else ""
     print(f"{len(slices)} slices{there} of {model.path} (step {model.step}), {config.steps} "
           f"{config.sampler} steps, {calls} network calls each, in "
-          f"{time.monotonic() - begin:.0f} s: {args.out}/slice_*, " + ", ".join(written))
+          f"{time.monotonic() - begin:.0f} s: {args.out}/slice_*, "
+          + ", ".join(overviews(args, model, slices)))
+
+
+def main() -> None:
+    args = parse_args()
+    join_processes()
+    keep_freed_memory()
+    on_all_ranks(lambda: predict(args))
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ from utils.device import (choose_dtype, describe_machine, keep_freed_memory, mem
                           out_of_memory)
 from utils.distributed import (Stop, join_processes, local_device, on_all_ranks, on_rank_zero,
                                rank, world_size)
-from utils.files import save_grid, write_atomic, write_json
+from utils.files import write_atomic, write_json
 from utils.log import QUARTILES, Log, draw_losses
+from utils.pictures import save_grid
 
 STARTED = time.monotonic()  # --max-hours counts from here
 LABEL_STREAM = 2**31  # the `part` of `step_seed` for labels; larger than any rank's

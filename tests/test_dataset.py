@@ -17,8 +17,9 @@ from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, decode, draw
                      subject_of)
 from utils import cache as cache_module
 from utils.cli import UserError
-from utils.files import locked, to_uint8
+from utils.files import locked
 from utils.images import fit, images_in, is_label_map, read_gray
+from utils.pictures import to_uint8
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from tools import audit, evaluate, measures
 from tools.features import load_network
 from tools.measures import MEASURES, Sample
 from utils.checkpoint import SHIPPED
-from utils.files import to_uint8
+from utils.pictures import to_uint8
 
 SIDE = 64
 

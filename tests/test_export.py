@@ -11,7 +11,7 @@ from modules import (Denoiser, LabelConfig, NoiseScheduler, SamplerConfig, Sched
 from predict import Model, Slice, generate, load_model
 from tools.export import export
 from utils.checkpoint import SHIPPED
-from utils.files import to_uint8
+from utils.pictures import to_uint8
 
 CPU = torch.device("cpu")
 

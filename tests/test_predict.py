@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import nibabel
 import numpy as np
@@ -29,7 +29,7 @@ from train import finish, train
 from utils.checkpoint import SHIPPED, find_model
 from utils.cli import UserError
 from utils.device import choose_dtype
-from utils.files import read_slice, save_slice, to_uint8
+from utils.pictures import read_slice, save_slice, to_uint8
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
@@ -428,6 +428,32 @@ def test_a_filled_region_follows_what_is_around_it():
     *_, (drawn, _) = reverse_process(denoise, seeded_noise([4], (1, 16, 16)),
                                      SamplerConfig("ddpm", 200))
     torch.testing.assert_close(drawn[0], image, rtol=0, atol=0.1)
+
+
+def test_resampling_fills_in_by_the_conditional_distribution():
+    """Two Gaussian pixels of correlation 0.9; the first is known to be 1. Then the second has mean
+    0.9 and variance 0.19. Without resampling, it heeds its neighbour too late (Lugmayr et al.)."""
+    scheduler = NoiseScheduler(replace(make_scheduler_config(
+        "cosine", prediction_type="sample"), clip_sample=False))
+    covariance = torch.tensor([[1, 0.9], [0.9, 1]], dtype=torch.float64)
+
+    def net(x, timesteps):
+        level = scheduler.level(timesteps[0].item())
+        gain = level.signal * covariance @ torch.linalg.inv(
+            level.signal**2 * covariance + level.noise**2 * torch.eye(2))
+        return (x[:, 0, 0].double() @ gain.T).float()[:, None, None]
+
+    def filled(resample):
+        denoise, generator = Denoiser(net, scheduler), torch.Generator().manual_seed(0)
+        denoise.known = torch.ones(1, 1, 2), torch.tensor([[[False, True]]])
+        *_, (drawn, _) = reverse_process(
+            denoise, lambda: torch.randn(4000, 1, 1, 2, generator=generator),
+            SamplerConfig("heun", 40, resample=resample))
+        assert (drawn[..., 0] == 1).all()
+        return drawn[..., 1]
+    once, often = filled(1), filled(16)
+    assert abs(once.mean().item() - 0.9) > 0.3 and abs(once.var().item() - 0.19) > 0.3
+    assert abs(often.mean().item() - 0.9) < 0.04 and abs(often.var().item() - 0.19) < 0.03
 
 
 def test_wrong_use_is_one_line(tiny, picture, tmp_path, rejected, make_run):

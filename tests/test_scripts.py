@@ -78,6 +78,7 @@ def test_train_names_bad_slices(data, tmp_path, rejected):
     (["--sampler", "heun", "--eta", "0.5"], ["--eta", "heun", "ddim"]),
     (["--churn", "5"], ["--churn", "dpmpp", "heun"]),
     (["--rho", "0"], ["--rho"]),
+    (["--resample", "0"], ["--resample", "at least 1"]),
     (["--sigma-min", "5", "--sigma-max", "2"], ["--sigma-min", "sigma_max"]),
     (["--sigma-min", "0", "--sigma-max", "0.001"], ["--sigma-min", "training"]),
     (["--quality", "best", "--sampler", "ddim"], ["--quality", "--sampler"]),
@@ -92,7 +93,7 @@ def test_train_names_bad_slices(data, tmp_path, rejected):
     (["--sampler", "magic"], ["--sampler", "magic"]),
     (["--device", "abacus"], ["--device", "abacus"]),
     (["--out", "text.pt", "--num", "1", "--steps", "1", "--batch-size", "1"],
-     ["text.pt", "cannot be written"]),
+     ["text.pt", "cannot be opened"]),
 ])
 def test_predict_rejects(tmp_path, rejected, args, words):
     (tmp_path / "text.pt").write_text("hello")

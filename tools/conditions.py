@@ -26,7 +26,8 @@ from utils.checkpoint import SHIPPED, find_model
 from utils.cli import Parser, UserError, positive_int, progress_bar, run_cli
 from utils.device import keep_freed_memory
 from utils.distributed import local_device
-from utils.files import to_uint8, write_json
+from utils.files import write_json
+from utils.pictures import to_uint8
 
 BANDS = ("lower third", "middle third", "upper third")
 

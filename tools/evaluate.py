@@ -33,8 +33,9 @@ from utils.checkpoint import SHIPPED, find_model
 from utils.cli import EVAL_SEED, Parser, UserError, positive_int, progress_bar, run_cli
 from utils.device import keep_freed_memory
 from utils.distributed import local_device
-from utils.files import to_uint8, write_json
+from utils.files import write_json
 from utils.images import BadSlice, images_in, in_parallel, read_gray
+from utils.pictures import to_uint8
 
 NUM = 400  # slices that are drawn
 

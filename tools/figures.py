@@ -21,15 +21,15 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from dataset import Slices, draw_phantom, load_splits, subject_of, phantom_slices
 from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels
-from predict import STRIP_LENGTH, Model, Slice, generate, load_model
+from predict import Model, Slice, generate, load_model
 from tools.evaluation_page import draw_comparison
 from tools.tables import ROOT, write_tables
 from tools.volumes import Cutting, cut_volume, upright
 from utils.checkpoint import SHIPPED
 from utils.cli import Parser, run_cli
 from utils.device import choose_dtype
-from utils.files import read_slice, save_grid, to_uint8
 from utils.log import draw_losses
+from utils.pictures import STRIP_LENGTH, read_slice, save_grid, to_uint8
 
 IMAGES = ROOT / "images"
 CPU = torch.device("cpu")

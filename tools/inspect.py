@@ -17,8 +17,8 @@ from PIL import Image
 from dataset import (find_slices, in_two_splits, load_splits, subject_finder, subject_of,
                      subjects_in_two_splits)
 from utils.cli import Parser, UserError, run_cli
-from utils.files import save_grid
 from utils.images import BadSlice, BadSlices, fit, in_parallel, read_mr_slice
+from utils.pictures import save_grid
 
 
 class Facts(NamedTuple):

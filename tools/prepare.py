@@ -33,8 +33,9 @@ from dataset import (RATIOS, SPLITS, SUBJECT, assign_splits, in_two_splits, read
                      slice_number, subject_of, subjects_in_two_splits, warn_of_unknown_subjects)
 from tools.volumes import T88, Cutting, cut_file
 from utils.cli import Parser, UserError, checked, natural, positive_int, progress_bar, run_cli
-from utils.files import locked, save_png, write_csv, write_json
+from utils.files import locked, write_csv, write_json
 from utils.images import EXTENSIONS, IMAGES, BadSlice, BadSlices, fit, listing, read_mr_slice
+from utils.pictures import save_png
 
 CASE_COLUMNS = ("case", "split", "person", "session", "class", "age", "sex", "cdr", "slices",
                 "source")

@@ -118,8 +118,8 @@ def check_same_run(folder: Path, content: dict, configs: dict[str, object],
                    may_change: Collection[str]) -> None:
     """Compares a checkpoint's configs with those of the run that is to continue it.
 
-    configs: dataclasses; content[part] has the fields of configs[part] as a dict, but for those that
-        are newer than the checkpoint, which have their defaults.
+    configs: dataclasses, of whose fields `content` has a dict for each part. Fields that are newer
+        than the checkpoint had their defaults.
     may_change: names of fields that need not be equal.
 
     Raises UserError for a difference, naming the fields.

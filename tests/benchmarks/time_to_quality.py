@@ -27,7 +27,8 @@ from torch import Tensor
 from utils.cli import Parser, positive_float, positive_int, progress_bar, run_cli
 from utils.device import choose_dtype, keep_freed_memory
 from utils.distributed import local_device
-from utils.files import read_slice, save_png, to_uint8, write_json
+from utils.files import write_json
+from utils.pictures import read_slice, save_png, to_uint8
 
 import train
 
