@@ -8,6 +8,7 @@ samples are shown. Without them, their figures stay as they are.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +22,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from dataset import Slices, draw_phantom, load_splits, subject_of, phantom_slices
 from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels
-from predict import Model, Slice, generate, load_model
+from predict import MASK_RESAMPLE, Model, Slice, generate, load_model
 from tools.evaluation_page import draw_comparison
 from tools.tables import ROOT, write_tables
 from tools.volumes import Cutting, cut_volume, upright
@@ -29,7 +30,7 @@ from utils.checkpoint import SHIPPED
 from utils.cli import Parser, run_cli
 from utils.device import choose_dtype
 from utils.log import draw_losses
-from utils.pictures import STRIP_LENGTH, read_slice, save_grid, to_uint8
+from utils.pictures import STRIP_LENGTH, read_slice, save_grid, save_png, to_uint8
 
 IMAGES = ROOT / "images"
 CPU = torch.device("cpu")
@@ -201,11 +202,13 @@ def draw_features(model: Model) -> None:
     [(images, _)] = generate(model, [Slice(3, 0.6)], batch_size=1)
     mask = torch.zeros(1, height, width, dtype=torch.bool)
     mask[:, height // 3:2 * height // 3, width // 3:2 * width // 3] = True
+    save_png(255 * mask[0].to(torch.uint8), IMAGES / "mask.png")
     steps, seeds = np.linspace(0, 1, 8).tolist(), [Slice(seed, 0.6) for seed in range(8)]
     rows = {"--stack": ([Slice(5, step) for step in steps], {}),
             "--interpolate": ([Slice(3, 0.6, None, 17, step) for step in steps], {}),
             "--init": (seeds, dict(init=images[0], strength=0.4)),
-            "--mask": (seeds, dict(init=images[0], mask=mask))}
+            "--mask": (seeds, dict(init=images[0], mask=mask, config=replace(
+                QUALITY["default"], resample=MASK_RESAMPLE)))}
     figure, axes = plt.subplots(4, 8, figsize=(10.4, 6.1), layout="constrained")
     for panels, (name, (slices, options)) in zip(axes, rows.items()):
         [(images, _)] = generate(model, slices, batch_size=8, **options)
