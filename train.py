@@ -692,12 +692,8 @@ def finished(run: Run) -> bool:
         return False
 
 
-def prepare(args: argparse.Namespace) -> Run:
-    """Builds the run of the options, and resumes it if its folder has a checkpoint.
-
-    Raises UserError for invalid options, data or folder, before anything is written.
-    """
-    device = local_device(args.device)
+def check_tools(args: argparse.Namespace, device: torch.device) -> None:
+    """Raises UserError if an option needs a compiler or a package that is missing."""
     # For a GPU, torch.compile generates C code that launches the kernels.
     compilers = ("g++", "c++") if device.type == "cpu" else (os.environ.get("CC", "gcc"), "clang")
     if args.compile and not any(map(shutil.which, compilers)):
@@ -706,6 +702,15 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: the package is missing; pip install tensorboard, or omit "
                         "the option (metrics.csv has the same values)")
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Builds the run of the options, and resumes it if its folder has a checkpoint.
+
+    Raises UserError for invalid options, data or folder, before anything is written.
+    """
+    device = local_device(args.device)
+    check_tools(args, device)
     size = None if args.image_size == "native" else args.image_size
     if size is not None:
         make_configs(args, (size, size), device, 0)  # rejects before hours of decoding
