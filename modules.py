@@ -107,7 +107,7 @@ class UNetConfig:
                              f"{multiple}; the nearest that is: {fit[0]}x{fit[1]}")
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding: (B,) timesteps -> (B, dim) float32, cosines first.
 
     Vaswani et al. 2017, section 3.5, as Ho et al. use it for t; the order follows diffusers'
@@ -115,7 +115,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponent)
+    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponent)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -173,6 +173,18 @@ class Attention(nn.Module):
         out = attend(q, k, v)
         out = self.to_out[0](out.transpose(1, 2).reshape(b, h * w, c))
         return x + out.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution that stays in float32 under autocast: where images enter and leave the net.
+
+    bfloat16 rounds grey levels by up to half a level of 255, which is as much as the noise of the
+    last timesteps (docs/experiments.md, "bfloat16").
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 def downsample(channels: int) -> nn.Module:
@@ -236,7 +248,7 @@ class UNet(nn.Module):
         temb_dim, last = 4 * widths[0], len(widths) - 1
         attention = [side in config.attention_resolutions for side in config.resolutions]
 
-        self.conv_in = nn.Conv2d(config.in_channels * patch**2, widths[0], 3, padding=1)
+        self.conv_in = Float32Conv2d(config.in_channels * patch**2, widths[0], 3, padding=1)
         self.time_embedding = named(linear_1=nn.Linear(widths[0], temb_dim), act=nn.SiLU(),
                                     linear_2=nn.Linear(temb_dim, temb_dim))
         if config.label_dim:  # without bias, zeros mean no label (Karras et al. 2022)
@@ -262,15 +274,16 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0])
         full = config.final_channels or config.out_channels
-        self.conv_out = nn.Conv2d(widths[0], full * patch**2, 3, padding=1)
+        last = nn.Conv2d if config.final_channels else Float32Conv2d
+        self.conv_out = last(widths[0], full * patch**2, 3, padding=1)
         if config.final_channels:
-            self.conv_final = nn.Conv2d(full + config.in_channels, config.out_channels, 3,
-                                        padding=1)
+            self.conv_final = Float32Conv2d(full + config.in_channels, config.out_channels, 3,
+                                            padding=1)
         if config.refine_channels:
             fine = config.refine_channels
-            self.refine_in = nn.Conv2d(full + config.in_channels, fine, 3, padding=1)
+            self.refine_in = Float32Conv2d(full + config.in_channels, fine, 3, padding=1)
             self.refine = ResnetBlock(fine, fine, temb_dim, 8, 0.0)
-            self.refine_out = nn.Conv2d(fine, config.out_channels, 3, padding=1)
+            self.refine_out = Float32Conv2d(fine, config.out_channels, 3, padding=1)
         self._zero_residual_branches()
 
     def _zero_residual_branches(self) -> None:
@@ -302,6 +315,7 @@ class UNet(nn.Module):
             temb = temb + self.class_embedding(labels.to(dtype))
 
         x = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))  # (B, C0, H/p, W/p)
+        x = x.to(temb.dtype)  # that of autocast, if it is on
         skips = [x]
         for level in self.down_blocks:  # (B, C_l, H/p/2^l, W/p/2^l) on level l
             for index in range(len(level.resnets)):
@@ -322,7 +336,8 @@ class UNet(nn.Module):
             fine = torch.cat([F.silu(x), sample], dim=1)  # (B, full + in_channels, H, W)
             x = self.conv_final(fine)
             if self.config.refine_channels:
-                x = x + self.refine_out(F.silu(self.refine(self.refine_in(fine), temb)))
+                fine = self.refine(self.refine_in(fine).to(temb.dtype), temb)
+                x = x + self.refine_out(F.silu(fine))
         return x
 
 
@@ -360,6 +375,13 @@ class LabelConfig:
         for name in ("height_range", "classes"):
             if isinstance(getattr(self, name), list):  # JSON brings lists
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        low, high = map(float, self.height_range or (0, 1))
+        if not low < high:
+            raise ValueError(f"height_range: {low} is not below {high}")
+
+    def height(self, seed: int, position: float | None = None) -> float | None:
+        """The height of a seed's slice: `position`, or else its own; None without heights."""
+        return seed_height(seed) if position is None and self.height_range else position
 
     @property
     def dim(self) -> int:
@@ -389,7 +411,7 @@ class LabelConfig:
 
     def for_seeds(self, seeds: list[int]) -> Tensor | None:
         """Label vectors, float32 (len(seeds), dim) on the CPU: each seed's height, and no class."""
-        heights = torch.tensor([seed_height(seed) for seed in seeds])
+        heights = torch.tensor([self.height(seed) or 0.0 for seed in seeds])
         return self.encode(heights, torch.full((len(seeds),), -1))
 
 
@@ -577,11 +599,8 @@ class NoiseScheduler:
         if p_mean is None:
             return torch.arange(1, total + 1, dtype=torch.float64) / total
         log_sigma = -0.5 * self.alphas_cumprod.logit()
-        between = (log_sigma[1:] + log_sigma[:-1]) / 2  # the bounds of the timesteps' cells
-        ends = torch.tensor([-math.inf]), torch.tensor([math.inf])
-        edges = torch.cat([ends[0], between, ends[1]]).to(torch.float64)
-        cdf = torch.special.ndtr((edges - p_mean) / p_std)
-        return cdf[1:]
+        bounds = (log_sigma[1:] + log_sigma[:-1]) / 2  # of the timesteps' cells
+        return F.pad(torch.special.ndtr((bounds - p_mean) / p_std), (0, 1), value=1.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -621,9 +640,9 @@ class SamplerConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {list(allowed)}")
         checks = {
-            "steps": (self.steps >= 1, "at least 1"),
+            "steps": (1 <= self.steps <= 100_000, "at least 1 and at most 100000"),
             "resample": (self.resample >= 1, "at least 1"),
-            "rho": (0 < self.rho < math.inf, "above 0"),
+            "rho": (0.1 <= self.rho <= 100, "from 0.1 to 100"),
             "sigma_min": (0 <= self.sigma_min < self.sigma_max, "from 0 to below sigma_max"),
             "eta": (0 <= self.eta <= 1, "from 0 to 1"),
             "churn": (self.churn >= 0, "0 or above"),
@@ -649,7 +668,7 @@ def noise_levels(scheduler: NoiseScheduler, config: SamplerConfig, strength: flo
     if strength < 1:
         levels = noise_levels(scheduler, config)
         start = scheduler.level(strength * levels[0].timestep)
-        return [start, *(level for level in levels if level.timestep < start.timestep)]
+        return [start, *(level for level in levels if level.timestep < start.timestep - 1e-6)]
     total, steps, rho = scheduler.config.num_train_timesteps, config.steps, config.rho
     if config.spacing == "trailing":
         if steps > total:
@@ -744,8 +763,8 @@ class Denoiser:
         output = self._predict(self.net, x, level, self.labels)
         low, high = self.guidance_interval
         if self.guidance != 1 and low <= level.sigma <= high:
-            # Of any prediction type: given x_t, each is linear in the others, and the weights
-            # w and 1 - w sum to 1.
+            # Valid for every prediction type: for a given x_t they are affine in each other, and
+            # the weights w and 1 - w sum to 1.
             nothing = None if self.labels is None else torch.zeros_like(self.labels)
             weak = self._predict(self.guide or self.net, x, level,
                                  self.labels if self.guide else nothing)
@@ -812,7 +831,7 @@ def ddim(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[
 
 def dpmpp(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[[], Tensor],
           eta: float = 0.0):
-    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2; for eta 1, SDE-DPM-Solver++(2M) there.
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; for eta 1, SDE-DPM-Solver++(2M) there.
 
     Written as DDIM with x_0 extrapolated, in lambda, to the middle of the step. The first step,
     which has no earlier prediction, and the last, whose end has an infinite lambda, are of first
@@ -856,11 +875,13 @@ def heun(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[
 
 def resampled(sampler: Callable, times: int, denoise: Denoiser, x: Tensor,
               levels: list[NoiseLevel], draw: Callable[[], Tensor], **options):
-    """Takes each step of a sampler `times` times, from its result noised again (eq. 4).
+    """Takes each step of a sampler `times` times, each from the last result, noised again.
 
-    So the region that is filled in and what is known around it come to fit: RePaint, Lugmayr et al.
-    2022, algorithm 1. Steps are on their own, so that dpmpp is of first order.
+    This harmonises a filled region with its surroundings (RePaint, Lugmayr et al. 2022, algorithm
+    1). Each step is sampled on its own, so that dpmpp is of first order here.
     """
+    if "churn" in options:  # heun divides it by the number of its steps, here 1
+        options["churn"] /= len(levels) - 1
     for now, then in pairwise(levels):
         for repeat in range(times):
             if repeat:
@@ -976,12 +997,7 @@ class EMA:
 def power_function_exponent(length: float) -> float:
     """gamma of the profile t^gamma on [0, 1] whose standard deviation is `length`.
 
-    Solves length = sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) by bisection (Karras et al. 2024b,
-    section 3.1).
+    The root of length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024b, section
+    3.1).
     """
-    low, high = 0.0, 1e4  # the standard deviation falls with gamma
-    for _ in range(80):
-        gamma = (low + high) / 2
-        longer = math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) > length
-        low, high = (gamma, high) if longer else (low, gamma)
-    return gamma
+    return float(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max())

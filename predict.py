@@ -25,7 +25,7 @@ from torch import Tensor
 
 from modules import (DEFAULT_STEPS, QUALITY, SAMPLERS, SPACINGS, Denoiser, LabelConfig,
                      NoiseScheduler, SamplerConfig, SchedulerConfig, UNet, UNetConfig,
-                     noise_levels, sample, seed_height, seeded_noise)
+                     noise_levels, sample, seeded_noise)
 from utils.checkpoint import SHIPPED, find_model, read_model
 from utils.cli import (EVAL_SEED, Parser, UserError, checked, positive_float, positive_int,
                        progress_bar, run_cli, seed_list, seed_number)
@@ -39,6 +39,7 @@ from utils.pictures import save_overviews, save_reverse, save_slice
 position = checked(lambda text: text if text == "all" else float(text),
                    lambda v: v == "all" or 0 <= v <= 1, "a height from 0 to 1, or 'all'")
 strength = checked(float, lambda v: 0 < v <= 1, "a number above 0, up to 1")
+slice_step = checked(float, lambda v: 0.01 <= v <= 1000, "a number from 0.01 to 1000")
 MASK_RESAMPLE = 4  # measured: docs/experiments.md, "Filling a region"
 # Of older versions' configs, where each had one possible value.
 FORMER_FIELDS = (("unet", "num_class_embeds"), ("scheduler", "variance_type"),
@@ -73,6 +74,8 @@ def load_model(path: Path, device: torch.device) -> Model:
             content[part].pop(name, None)
         net = UNet(UNetConfig(**content["unet"]))
         labels = LabelConfig(**content.get("labels", {}))
+        if labels.dim != net.config.label_dim:
+            raise ValueError(f"{labels.dim} labels for label_dim {net.config.label_dim}")
         scheduler = NoiseScheduler(SchedulerConfig(**content["scheduler"]))
         net.load_state_dict(content["ema"])
         step = int(content["step"])
@@ -207,8 +210,7 @@ def generate(model: Model, slices: Iterable[Slice | int],
              ) -> Iterator[tuple[Tensor, list[Slice]]]:
     """Samples slices: yields batches of images, (B, C, H, W) in [-1, 1], with their `Slice`s.
 
-    slices: what to sample; a plain number is a seed, with a height of its own (`seed_height`) if
-        the model has heights.
+    slices: what to sample; a plain number is a seed, with its own height if the model has heights.
     denoise: the model with guidance, for example; None for the model alone.
     batch_size: a short last batch is filled up to it, since the last bits of an image depend on it:
         images of a seed are bit-equal at one batch size, and equal up to rounding at others.
@@ -226,8 +228,7 @@ def generate(model: Model, slices: Iterable[Slice | int],
     if mask is not None and init is None:
         raise ValueError("mask: needs init, the image to fill in")
     denoise.known = None if mask is None else (init.to(device), mask.to(device))
-    slices = [s if isinstance(s, Slice) else Slice(
-        s, seed_height(s) if labels.height_range else None) for s in slices]
+    slices = [s if isinstance(s, Slice) else Slice(s, labels.height(s)) for s in slices]
 
     def encode(batch: list[Slice]) -> Tensor | None:
         heights = [math.nan if s.height is None else s.height for s in batch]
@@ -252,7 +253,8 @@ def requested(args: argparse.Namespace, model: Model) -> dict[str, Slice]:
 
     Raises UserError for options that do not go together.
     """
-    span, stack = model.labels.height_range, args.stack or args.position == "all"
+    span, height = model.labels.height_range, model.labels.height
+    stack = args.stack or args.position == "all"
     if args.seeds and (args.num or args.seed):
         raise UserError("--seeds names all seeds; leave out --seed and --num")
     if stack and (args.seeds or args.interpolate or not span or args.position not in (None, "all")):
@@ -267,19 +269,17 @@ def requested(args: argparse.Namespace, model: Model) -> dict[str, Slice]:
         return {f"slice_{args.seed:06d}_height_{h:.4f}": Slice(args.seed, h, args.class_)
                 for h in heights}
 
-    def height(seed: int) -> float | None:
-        return args.position if args.position is not None or not span else seed_height(seed)
-
     if args.interpolate:
         a, b = args.interpolate
         return {f"slice_{a:06d}_{b:06d}_{t:.4f}": Slice(
-            a, span and (1 - t) * height(a) + t * height(b), args.class_, b, t)
+            a, span and (1 - t) * height(a, args.position) + t * height(b, args.position),
+            args.class_, b, t)
             for t in np.linspace(0, 1, args.num or 16).tolist()}
     num = args.num or 16
     if args.seed + num > EVAL_SEED:
         raise UserError(f"--seed {args.seed} and --num {num} go beyond the last seed, "
                         f"{EVAL_SEED - 1}")
-    return {f"slice_{seed:06d}": Slice(seed, height(seed), args.class_)
+    return {f"slice_{seed:06d}": Slice(seed, height(seed, args.position), args.class_)
             for seed in args.seeds or range(args.seed, args.seed + num)}
 
 
@@ -348,7 +348,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="class, as named in training, such as 'CDR 1' (default: none)")
     add("--quality", choices=QUALITY,
         help="; ".join(f"{name}: {config.sampler} in {config.steps} steps"
-                       for name, config in QUALITY.items()) + " (default: default)")
+                       for name, config in QUALITY.items()) + " (default: that named default)")
     add("--batch-size", type=positive_int, default=16, metavar="B",
         help="slices sampled at once; short batches are filled up (default: %(default)s)")
     add("--device", default="auto", metavar="D",
@@ -403,14 +403,14 @@ def parse_args() -> argparse.Namespace:
         help="how many slices, heights of --stack or frames of --interpolate (default: 16; of "
              "--stack as many as in training)")
     add("--seeds", type=seed_list, metavar="LIST",
-        help="seeds instead of --seed and --num, such as 0-63,100 (default: "
-             "those)")
+        help="seeds instead of --seed and --num, such as 0-63,100 (default: --num seeds from "
+             "--seed on)")
     add("--format", nargs="+", choices=("png", "npy", "nii"), default=["png"],
         help="files of each slice: png and nii of 8 bits, npy of float32 in [-1, 1] (default: png)")
     add("--stack", action="store_true",
         help="one head: all heights from the noise of --seed, with a montage, scan.gif and "
              "stack.nii.gz (default: off)")
-    add("--slice-step", type=positive_float, default=1.0, metavar="MM",
+    add("--slice-step", type=slice_step, default=1.0, metavar="MM",
         help="distance of neighbouring training slices, for stack.nii.gz (default: 1)")
     add("--interpolate", type=seed_number, nargs=2, metavar=("A", "B"),
         help="from seed A's noise to seed B's, on the sphere, with interpolation.gif (default: "
@@ -448,6 +448,9 @@ def write_slices(model: Model, args: argparse.Namespace, config: SamplerConfig, 
                                       watch=watch, **start):
             if states and not done:
                 save_reverse(states, args.out)
+            if not images.isfinite().all():
+                raise UserError("slices became infinite or NaN; give a smaller --guidance, or "
+                                "--epsilon-scale 1")
             rows = []
             for name, slice_, image in zip(names[done:], batch, images):
                 for suffix in args.format:
@@ -467,7 +470,8 @@ def open_manifest(args: argparse.Namespace, settings: dict, slices: dict[str, Sl
     todo = {name: slice_ for name, slice_ in slices.items()
             if not all([manifest.is_done(f"{name}.{suffix}", row_of(slice_))
                         for suffix in args.format])}
-    manifest.start(f"{name}.{suffix}" for name in todo for suffix in args.format)
+    manifest.start({f"{name}.{suffix}": row_of(slice_) for name, slice_ in todo.items()
+                    for suffix in args.format})
     return manifest, todo
 
 
@@ -505,13 +509,13 @@ def predict(args: argparse.Namespace) -> None:
                                                start, manifest, next(iter(slices))))
     if rank() > 0:
         return
-    first_file = f"{next(iter(slices))}.{args.format[0]}"
-    calls = denoise.calls // -(-len(mine) // batch_size) if mine else \
-        int(manifest.rows[first_file]["network_calls"])
+    manifest.finish()
+    calls = manifest.rows[f"{next(iter(slices))}.{args.format[0]}"]["network_calls"]
     write_json(args.out / "samples.json", {
         "model": str(model.path), **settings, "guide": args.guide, "position": args.position,
-        "network_calls": calls, "first_seed": next(iter(slices.values())).seed,
-        "num": len(slices), "batch_size": batch_size})
+        "network_calls": int(calls) if calls.isdigit() else None,
+        "first_seed": next(iter(slices.values())).seed, "num": len(slices),
+        "batch_size": batch_size})
     there = f" ({len(slices) - len(todo)} were there)" if len(todo) < len(slices) else ""
     print(f"{len(slices)} slices{there} of {model.path} (step {model.step}), {config.steps} "
           f"{config.sampler} steps, {calls} network calls each, in "

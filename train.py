@@ -144,9 +144,9 @@ OPTIONS = {
          "segmentation maps (default: off)", False, bool),
         ("augment", "probability of each of flip, rotation, scale, aspect and shift, on which the "
          "network is conditioned (0: off)", None, fraction),
-        ("condition", "what else the network is conditioned on: height in the head, class (from "
+        ("condition", "conditions besides the timestep: height in the head, class (from "
          "cases.csv), or none; ignored where the data lack it", None, ("height", "class", "none")),
-        ("label-dropout", "probability of dropping each of them", 0.1, fraction),
+        ("label-dropout", "probability of dropping each condition", 0.1, fraction),
         ("init", "run folder or file with EMA weights to start from, for fine-tuning (default: "
          "random weights)", None, str),
         ("seed", "seed of initial weights, order, timesteps and noise", 0, seed_number),
@@ -340,9 +340,13 @@ class Run:
         Tensors whose name or shape differs, because labels or the image size do, keep their random
         values and are listed. Raises UserError if the file is damaged or fewer than half fit.
         """
-        ours, theirs = self.net.state_dict(), read_model(path)["ema"]
-        fitting = {name: tensor for name, tensor in theirs.items()
-                   if name in ours and tensor.shape == ours[name].shape}
+        ours, theirs = self.net.state_dict(), read_model(path)
+        try:
+            fitting = {name: tensor for name, tensor in theirs["ema"].items()
+                       if name in ours and tensor.shape == ours[name].shape}
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"--init {path}: holds no EMA weights; give a run folder or a file of "
+                            "train.py") from None
         if len(fitting) < len(ours) / 2:
             raise UserError(f"--init {path}: only {len(fitting)} of the net's {len(ours)} tensors "
                             "fit; give a model of the same --block-out-channels and "
@@ -771,7 +775,7 @@ def carry_out(args: argparse.Namespace) -> None:
                         "free some space, then the same command continues from there")
     if done:
         print(f"done: look at {folder / 'samples'} and {folder / 'loss.png'}, then: "
-              f"python predict.py --checkpoint {folder}")
+              f"python predict.py --checkpoint {folder} --out {folder / 'slices'}")
 
 
 def main() -> None:

@@ -26,9 +26,10 @@ from modules import (QUALITY, Denoiser, LabelConfig, NoiseScheduler, SamplerConf
 from predict import Slice, generate, load_model, slice_noise
 from tools.volumes import upright
 from train import finish, train
-from utils.checkpoint import SHIPPED, find_model
+from utils.checkpoint import FORMAT, SHIPPED, find_model
 from utils.cli import UserError
 from utils.device import choose_dtype
+from utils.manifest import Manifest
 from utils.pictures import read_slice, save_slice, to_uint8
 
 CPU = torch.device("cpu")
@@ -206,11 +207,26 @@ def test_bad_models_are_named(make_run, tmp_path):
     content = torch.load(run.checkpoint, weights_only=True)
     for part, key, value in (("unet", "block_out_channels", (64, 64)), ("unet", "surprise", 1),
                              ("unet", "norm_num_groups", 0), ("unet", "block_out_channels", ()),
-                             ("scheduler", "prediction_type", "noise")):
+                             ("scheduler", "prediction_type", "noise"),
+                             ("labels", "classes", ("CDR 0", "CDR 1")),
+                             ("labels", "height_range", (5, 5))):
         wrong = {**content, part: {**content[part], key: value}}
         torch.save(wrong, tmp_path / "wrong.pt")
         with pytest.raises(UserError, match="wrong.pt: its weights and its configs do not fit"):
             load_model(tmp_path / "wrong.pt", CPU)
+    torch.save({key: content[key] for key in content if key != "labels"}, tmp_path / "wrong.pt")
+    with pytest.raises(UserError, match="wrong.pt.*0 labels for label_dim"):
+        load_model(tmp_path / "wrong.pt", CPU)
+    for without in ("unet", "scheduler"):
+        with safe_open(run.folder / "model.safetensors", framework="pt") as file:
+            metadata = {key: value for key, value in file.metadata().items() if key != without}
+            save_file({name: file.get_tensor(name) for name in file.keys()},
+                      tmp_path / "part.safetensors", metadata)
+        with pytest.raises(UserError, match="part.safetensors: is damaged"):
+            load_model(tmp_path / "part.safetensors", CPU)
+    torch.save({"format": FORMAT, "ema": None}, tmp_path / "wrong.pt")
+    with pytest.raises(UserError, match="--init .*wrong.pt: holds no EMA weights"):
+        run.initialise(tmp_path / "wrong.pt")
 
 
 # The command: files, seeds, conditions ----------------------------------------------------------
@@ -288,6 +304,32 @@ def test_a_second_call_draws_only_what_is_missing_or_damaged(tiny):
     assert json.loads((out / "samples.json").read_text())["network_calls"] == 3
 
 
+@pytest.mark.parametrize("before", [[], ["--format", "png"]], ids=["new", "more formats"])
+def test_an_interrupted_call_continues(tiny, monkeypatch, before):
+    """Stopped between a batch's files and its rows, in a folder that was empty or complete."""
+    options = ["--num", 5, "--batch-size", 2, "--format", "png", "npy"]
+    whole = tiny(*options, out="whole")
+    if before:
+        tiny("--num", 5, "--batch-size", 2, *before)
+    real, calls = Manifest.append, []
+
+    def append(self, rows):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(self, rows)
+    monkeypatch.setattr(Manifest, "append", append)
+    with pytest.raises(KeyboardInterrupt):
+        tiny(*options)
+    monkeypatch.undo()
+    out = tiny(*options)
+    assert {path.name: path.read_bytes() for path in out.glob("slice_*")} == \
+        {path.name: path.read_bytes() for path in whole.glob("slice_*")}
+    rows = rows_of(out)
+    assert len(rows) == len({row["file"] for row in rows}) == 10
+    assert all(row["crc32"] and row["network_calls"] == "3" for row in rows)
+
+
 @pytest.mark.long
 def test_two_ranks_draw_what_one_does(tiny, tmp_path):
     alone, shared = tiny("--num", 7, "--batch-size", 2), tmp_path / "shared"
@@ -315,7 +357,10 @@ def test_folders_of_something_else_are_rejected(tiny, tmp_path, rejected):
             "now 0.25")
     (out / "slice_000001.png").touch()
     rejected("predict.py", [*other, "--steps", 3, "--num", 2], "slice_000001.png",
-             "not in manifest")
+             "no file of manifest")
+    (out / "slice_000001.png").unlink()
+    (out / "manifest.csv").write_bytes(b"")
+    rejected("predict.py", [*other, "--steps", 3, "--num", 1], "holds other files", "manifest.csv")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").touch()
     rejected("predict.py", [*other[:-1], tmp_path / "photos"], "photos", "cat.txt", "manifest.csv")
@@ -454,6 +499,19 @@ def test_resampling_fills_in_by_the_conditional_distribution():
     once, often = filled(1), filled(16)
     assert abs(once.mean().item() - 0.9) > 0.3 and abs(once.var().item() - 0.19) > 0.3
     assert abs(often.mean().item() - 0.9) < 0.04 and abs(often.var().item() - 0.19) < 0.03
+
+
+def test_churn_is_spread_over_all_steps_when_they_are_resampled(shipped):
+    """Heun adds noise up to (1 + churn / steps) times sigma, whether steps are resampled or not."""
+    highest = []
+    for resample in (1, 2):
+        levels, scheduler = [], NoiseScheduler(make_scheduler_config("cosine"))
+        denoise = Denoiser(lambda x, t: levels.append(t[0].item()) or torch.zeros_like(x),
+                           scheduler)
+        config = SamplerConfig("heun", 10, churn=1.0, sigma_max=50, resample=resample)
+        list(reverse_process(denoise, seeded_noise([0], (1, 4, 4)), config))
+        highest.append(max(scheduler.level(t).sigma for t in levels))
+    assert highest == pytest.approx([50 * 1.1] * 2, rel=0.01)
 
 
 def test_wrong_use_is_one_line(tiny, picture, tmp_path, rejected, make_run):

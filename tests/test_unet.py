@@ -76,6 +76,23 @@ def test_channels_last_and_compute_type_change_little():
     assert ((out.float() - expected).norm() / expected.norm()) < 0.02
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_images_enter_and_leave_the_net_in_float32_under_autocast(name):
+    """A difference of an eighth of a grey level, which bfloat16 cannot tell near white."""
+    torch.manual_seed(0)
+    net, size = randomise(UNet(CONFIGS[name])), CONFIGS[name].sample_size
+    x = torch.ones(1, CONFIGS[name].in_channels, *size)
+    finer, t = x - 2**-10, torch.tensor([5])
+    assert torch.equal(finer.bfloat16(), x.bfloat16())
+    folded = [F.pixel_unshuffle(image, net.config.patch_size) for image in (x, finer)]
+    expected = net.conv_in(folded[1]) - net.conv_in(folded[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        change = net.conv_in(folded[1]) - net.conv_in(folded[0])
+        assert net(x, t).dtype == torch.float32
+    torch.testing.assert_close(change, expected)
+    assert expected.abs().max() > 1e-4
+
+
 def distance(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm()).item()
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import Slices, load_splits, slice_number
-from modules import SAMPLERS, SPACINGS, SamplerConfig, noise_levels, seed_height
+from modules import SAMPLERS, SPACINGS, SamplerConfig, noise_levels
 from predict import (Model, Slice, add_sampling_options, check_labels, generate, load_model,
                      make_denoiser, option_error, sampler_config)
 from tools.audit import SHOWN, Nearest, in_words, judge, nearest
@@ -68,18 +68,13 @@ class Drawn(NamedTuple):
     calls: int
 
 
-def height_of(args: argparse.Namespace, model: Model, seed: int) -> float | None:
-    """The height that a seed's slice is conditioned on, as in predict.py; None for none."""
-    own = args.position is None and model.labels.height_range
-    return seed_height(seed) if own else args.position
-
-
 def draw_slices(model: Model, args: argparse.Namespace, config: SamplerConfig,
                 device: torch.device) -> Drawn:
     """Samples --num slices as predict.py does from the same options."""
     denoise, num = make_denoiser(model, args, device), args.num
     seeds, batch_size = list(range(args.seed, args.seed + num)), min(args.batch_size, num)
-    slices = [Slice(seed, height_of(args, model, seed), args.class_) for seed in seeds]
+    slices = [Slice(seed, model.labels.height(seed, args.position), args.class_)
+              for seed in seeds]
     batches = -(-num // batch_size)
     with progress_bar(batches * (config.steps + 1), f"{config.sampler}:{config.steps}",
                       "state") as bar:

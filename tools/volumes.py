@@ -31,7 +31,7 @@ def upright(image, name: str) -> tuple[np.ndarray, tuple[float, float]]:
     high, and the lengths of a voxel's first two sides in mm.
 
     A NIfTI header says how its voxels stand. Of Analyze, only OASIS-1's T88 volumes are taken,
-    which stand so already (grounds: README, "Loading Training Data").
+    which stand so already (docs/data.md, "prepare").
     Raises BadSlice for a header without orientation, and for all but 3-D volumes of numbers.
     """
     nifti = isinstance(image, nib.Nifti1Pair)

@@ -31,8 +31,8 @@ class Damaged(UserError):
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint's contents, on the CPU; only tensors and plain values are ever unpickled.
 
-    Raises Damaged if the file is that, UserError if it cannot be read at all (which may pass on a
-    network's disk) or is a checkpoint of something else.
+    Raises Damaged for a corrupt file, UserError if it cannot be read (perhaps only for now, on a
+    network disk) or is a checkpoint of something else.
     """
     try:
         data = path.read_bytes()
@@ -66,7 +66,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def write_checkpoint(path: Path, content: dict) -> None:
     """Writes a dict of tensors and plain values that `read_checkpoint` reads, on any device.
 
-    Raises UserError if the file cannot be written or read back; it is then as it was.
+    Raises UserError if it cannot be written and read back; an existing file is left unchanged.
     """
     buffer = io.BytesIO()
     torch.save(tree_map_only(Tensor, Tensor.cpu, {"format": FORMAT, **content}), buffer)
@@ -118,8 +118,8 @@ def check_same_run(folder: Path, content: dict, configs: dict[str, object],
                    may_change: Collection[str]) -> None:
     """Compares a checkpoint's configs with those of the run that is to continue it.
 
-    configs: dataclasses, of whose fields `content` has a dict for each part. Fields that are newer
-        than the checkpoint had their defaults.
+    configs: part -> dataclass; `content[part]` is a dict of its fields. One that is missing there,
+        because it is newer than the checkpoint, counts as its default.
     may_change: names of fields that need not be equal.
 
     Raises UserError for a difference, naming the fields.
@@ -159,10 +159,11 @@ def read_safetensors(path: Path) -> dict:
         if metadata.get("format") != FORMAT:
             raise UserError(f"{path}: holds the weights of something else; give a file that "
                             "train.py wrote")
-        configs = {part: json.loads(metadata.get(part, "{}"))
-                   for part in ("unet", "scheduler", "labels")}
+        configs = {"unet": json.loads(metadata["unet"]),
+                   "scheduler": json.loads(metadata["scheduler"]),
+                   "labels": json.loads(metadata.get("labels", "{}"))}
         return {**configs, "ema": tensors, "step": int(metadata["step"])}
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
         raise UserError(f"{path}: is damaged, or no safetensors file of train.py; give another "
                         "one") from None
 

@@ -29,7 +29,7 @@ def world_size() -> int:
 
 
 def join_processes() -> None:
-    """Joins the processes that torchrun or srun started (README); alone, does nothing.
+    """Joins the processes that torchrun or srun started (docs/cluster.md); alone, does nothing.
 
     GPUs communicate through NCCL, CPUs through gloo. Only rank 0 prints. Raises UserError if the
     environment does not say where the other processes are.

@@ -1,20 +1,18 @@
 """manifest.csv: what made each file of a folder."""
 
 import csv
-import io
-import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from utils.cli import UserError
-from utils.files import crc32, fcntl, write_csv
+from utils.files import append_csv, crc32, locked, write_csv
 
 
 class Manifest:
     """manifest.csv in a folder: one row for each file, with the settings that made it.
 
-    Processes append rows when files are done, so its cost does not grow with the rows that are
-    there. A file counts as done if its row's settings and checksum (CRC-32) hold.
+    `start` notes the files to come, processes `append` their rows when they are written, and
+    `finish` leaves one row of each. A file counts as done if its row's settings and checksum
+    (CRC-32) hold; whatever was interrupted, the files to come and those that are done are known.
     settings: column -> value, the same for all files of the folder.
     columns: further columns, of a single file.
 
@@ -30,23 +28,33 @@ class Manifest:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             others = [path.name for path in sorted(folder.iterdir())
-                      if not path.name.startswith(".")]
-            text = self.path.read_text(encoding="utf-8") if self.path.exists() else None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise UserError(f"{folder}: cannot be opened ({reason}); give another folder") from None
-        if text is None and others:
-            raise UserError(f"{folder}: holds other files ({others[0]}) and no manifest.csv; give "
-                            "an empty or a new folder")
-        # A line without an end was cut off while it was written.
-        self._read([line for line in (text or "").splitlines(keepends=True) if line[-1] == "\n"])
+                      if not path.name.startswith(".") and path != self.path]
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be opened ({error.strerror}); give another folder"
+                            ) from None
+        self._read()
+        if not self.rows and others:
+            raise UserError(f"{folder}: holds other files ({others[0]}) and no manifest.csv that "
+                            "lists them; give an empty or a new folder")
 
-    def _read(self, lines: list[str]) -> None:
-        reader = csv.DictReader(lines)
-        if lines and tuple(reader.fieldnames or ()) != self.columns:
+    def _read(self) -> None:
+        """Reads the rows, of each file the last one."""
+        try:
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            # A line without an end was cut off while it was written.
+            lines = [line for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+            reader = csv.DictReader(lines)
+            columns, rows = tuple(reader.fieldnames or ()), list(reader)
+        except (OSError, ValueError, csv.Error) as error:
+            raise UserError(f"{self.path}: cannot be read ({error}); give another folder"
+                            ) from None
+        if lines and columns != self.columns:
             raise UserError(f"{self.path}: has other columns than this version writes; give "
                             "another folder")
-        for row in reader:
+        for row in rows:
+            if None in row or None in row.values():
+                raise UserError(f"{self.path}: the row of {row['file']} is damaged; remove it, or "
+                                "give another folder")
             for name, value in self.settings.items():
                 if row[name] != value:
                     raise UserError(f"{self.path}: its files have {name} = {row[name] or 'none'}, "
@@ -61,33 +69,28 @@ class Manifest:
             if row[column] != cell(value):
                 raise UserError(f"{self.path}: {name} has {column} = {row[column] or 'none'}, now "
                                 f"{cell(value) or 'none'}; give another folder")
-        if row is None and path.exists():
-            raise UserError(f"{path}: is not in manifest.csv; give another folder, or remove it")
+        if path.exists() and (row is None or not path.is_file()):
+            raise UserError(f"{path}: is no file of manifest.csv; give another folder, or remove "
+                            "it")
         return row is not None and path.exists() and crc32(path) == row["crc32"]
 
-    def start(self, redo: Iterable[str]) -> None:
-        """Writes the header and the rows of all files but those that will be written again."""
-        redo = set(redo)
-        self.rows = {name: row for name, row in self.rows.items() if name not in redo}
+    def start(self, todo: dict[str, dict]) -> None:
+        """Notes the files that will be written, with the values of `is_done`."""
+        for name, values in todo.items():
+            self.rows[name] = {"file": name} | values | self.settings
         write_csv(self.path, self.columns, self.rows.values())
 
     def append(self, rows: list[dict]) -> None:
         """Adds rows of finished files: "file" and the further columns. Raises UserError."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, self.columns, lineterminator="\n")
-        for row in rows:
-            values = {"crc32": crc32(self.folder / row["file"])} | row
-            writer.writerow({name: cell(value) for name, value in values.items()} | self.settings)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(table.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space "
-                            "and run the same command again") from None
+        rows = [{"crc32": crc32(self.folder / row["file"])} | row | self.settings for row in rows]
+        with locked(self.folder / ".lock"):
+            append_csv(self.path, self.columns, rows)
+
+    def finish(self) -> None:
+        """Leaves the last row of each file, once all processes have appended theirs."""
+        self._read()
+        write_csv(self.path, self.columns, self.rows.values())
+        (self.folder / ".lock").unlink(missing_ok=True)
 
 
 def cell(value) -> str:
