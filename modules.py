@@ -756,7 +756,7 @@ class Denoiser:
         return run_net(net, x, timesteps, self.dtype, labels)
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """x_0 and epsilon predicted from x_t, both float32 (B, C, H, W): x_t holds just these two.
+        """The predicted x_0 and epsilon, float32 (B, C, H, W): x_t is signal x_0 + noise epsilon.
 
         Where x_0 is clipped or rid of the patches' grid, epsilon is made to fit it.
         """
@@ -795,9 +795,9 @@ class Denoiser:
 
 
 def ddpm(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[[], Tensor]):
-    """Ancestral sampling, Ho et al. 2020, algorithm 2, over any gap: eq. 7 with alpha_t of the gap.
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) between any two levels.
 
-    With the variance of eq. 7, that of the true posterior.
+    Mean and variance are those of the true posterior, eq. 7, with alpha_t taken over the gap.
     """
     for now, then in pairwise(levels):
         clean, _ = denoise(x, now)
