@@ -27,7 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dataset  # noqa: E402
 import train  # noqa: E402
-from utils import checkpoint, cli, files  # noqa: E402
+from utils import checkpoint, cli, files, pictures  # noqa: E402
 
 MEASURED = ("images_per_second", "memory_gib")  # differ from run to run
 
@@ -39,7 +39,7 @@ def make_data(root: Path) -> Path:
             for height in range(4):
                 pixels = dataset.draw_phantom(16, subject, height / 4)
                 path = root / split / f"case_{subject:03d}_slice_{height}.png"
-                files.save_png(torch.from_numpy(pixels), path)
+                pictures.save_png(torch.from_numpy(pixels), path)
     return root
 
 
@@ -82,7 +82,7 @@ def die_inside_a_save(call: int, halfway: bool) -> None:
 
     whole_write = files.write_atomic
     files.write_atomic = train.write_atomic = half_written
-    checkpoint.write_atomic = half_written
+    checkpoint.write_atomic = pictures.write_atomic = half_written
     for name in ("fsync", "link", "unlink", "replace"):
         setattr(os, name, dying(getattr(os, name)))
 
