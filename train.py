@@ -102,7 +102,7 @@ COMMON = dict(attention_up_to=16, dropout=[0.0], patch_size=2, final_channels=0,
 PRESETS = {
     "quick": COMMON | dict(
         image_size=48, block_out_channels=[32, 64, 96], layers_per_block=1, attention_up_to=6,
-        batch_size=16, steps=1000, learning_rate=2e-3, save_every=250),
+        batch_size=16, steps=800, learning_rate=2e-3, save_every=200),
     "64": COMMON | dict(
         image_size=64, block_out_channels=[96, 128, 128], layers_per_block=2, attention_up_to=8,
         batch_size=16, steps=16_000, learning_rate=5e-4, save_every=750),
