@@ -178,8 +178,8 @@ class Attention(nn.Module):
 class Float32Conv2d(nn.Conv2d):
     """A convolution that stays in float32 under autocast: where images enter and leave the net.
 
-    bfloat16 rounds grey levels by up to half a level of 255, which is as much as the noise of the
-    last timesteps (docs/experiments.md, "bfloat16").
+    Near black and white, bfloat16 holds multiples of half a grey level of 255 only: no eye sees it,
+    but half of KID came from it (docs/experiments.md, "bfloat16").
     """
 
     def forward(self, x: Tensor) -> Tensor:
