@@ -96,30 +96,24 @@ class TrainConfig:
 
 # Sources of the values: README, "Training", and docs/experiments.md. Patches of 2x2 pixels let the
 # finest level of the 64-pixel net work at 32x32, the size of the CIFAR nets of Ho et al.
-COMMON = dict(attention_up_to=16, dropout=[0.0], patch_size=2, final_channels=0,
-              refine_channels=0, schedule="cosine", noise_distribution="log-normal", p_mean=-1.2,
-              p_std=1.2, augment=0.0, condition=["height", "class"], ema_short=0.0)
+RECIPE = dict(
+    block_out_channels=[96, 128, 128, 128], layers_per_block=1, attention_up_to=16, patch_size=2,
+    dropout=[0.0, 0.1, 0.1, 0.1], final_channels=4, refine_channels=32, schedule="cosine-shifted",
+    noise_distribution="log-normal", p_mean=-2.0, p_std=1.6, augment=0.15,
+    condition=["height", "class"], ema_short=0.05, batch_size=64, learning_rate=1.2e-3,
+    steps=10_000, save_every=1250)
 PRESETS = {
-    "quick": COMMON | dict(
-        image_size=48, block_out_channels=[32, 64, 96], layers_per_block=1, attention_up_to=6,
-        batch_size=16, steps=800, learning_rate=2e-3, save_every=200),
-    "64": COMMON | dict(
-        image_size=64, block_out_channels=[96, 128, 128], layers_per_block=2, attention_up_to=8,
-        batch_size=16, steps=16_000, learning_rate=5e-4, save_every=750),
-    "native": COMMON | dict(
-        image_size="native", block_out_channels=[64, 96, 128], layers_per_block=1, patch_size=4,
-        final_channels=4, refine_channels=32, schedule="cosine-shifted", p_mean=-2.0, p_std=1.6,
-        augment=0.1, ema_short=0.05, batch_size=8, steps=12_500, learning_rate=8e-4,
-        save_every=1250),
-    "128": COMMON | dict(
-        image_size=128, block_out_channels=[64, 128, 192, 256], layers_per_block=2,
-        schedule="cosine-shifted", augment=0.1, dropout=[0.1], batch_size=32, steps=60_000,
-        learning_rate=3e-4, save_every=2000),
-    "256": COMMON | dict(
-        image_size=256, block_out_channels=[64, 64, 128, 192, 256], layers_per_block=2,
-        patch_size=4, final_channels=4, refine_channels=32, schedule="cosine-shifted", p_mean=-2.0,
-        p_std=1.6, augment=0.1, dropout=[0.1], batch_size=16, steps=100_000, learning_rate=2e-4,
-        save_every=2000),
+    "quick": RECIPE | dict(
+        image_size=48, block_out_channels=[32, 64, 96], attention_up_to=6, dropout=[0.0],
+        final_channels=0, refine_channels=0, schedule="cosine", p_mean=-1.2, p_std=1.2, augment=0.0,
+        ema_short=0.0, batch_size=16, learning_rate=2e-3, steps=800, save_every=200),
+    "64": RECIPE | dict(
+        image_size=64, block_out_channels=[96, 128, 128], attention_up_to=8,
+        dropout=[0.0, 0.1, 0.1], schedule="cosine", p_mean=-1.2, batch_size=16, learning_rate=8e-4,
+        steps=16_000, save_every=1000),
+    "128": RECIPE | dict(image_size=128),
+    "native": RECIPE | dict(image_size="native"),
+    "256": RECIPE | dict(image_size=256),
 }
 
 image_size = checked(lambda text: text if text == "native" else int(text),

@@ -92,7 +92,7 @@ def test_it_learns_as_on_the_cpu(make_run, dtype):
 def test_validation_is_the_same_on_both(make_run):
     """Its noise is fixed: the same weights have the same loss."""
     runs = [make_run(d, device=torch.device(d)) for d in ("cpu", "cuda")]
-    weights = randomised(TINY).state_dict()
+    weights = randomised(runs[0].ema.net.config).state_dict()
     for run in runs:
         run.ema.net.load_state_dict(weights)
     ours, theirs = (run.evaluate("validate") for run in runs)
