@@ -106,7 +106,7 @@ PRESETS = {
     "quick": RECIPE | dict(
         image_size=48, block_out_channels=[32, 64, 96], attention_up_to=6, dropout=[0.0],
         final_channels=0, refine_channels=0, schedule="cosine", p_mean=-1.2, p_std=1.2, augment=0.0,
-        ema_short=0.0, batch_size=16, learning_rate=2e-3, steps=800, save_every=200),
+        ema_short=0.0, batch_size=16, learning_rate=2e-3, steps=600, save_every=150),
     "64": RECIPE | dict(
         image_size=64, block_out_channels=[96, 128, 128], attention_up_to=8,
         dropout=[0.0, 0.1, 0.1], schedule="cosine", p_mean=-1.2, batch_size=16, learning_rate=8e-4,

@@ -84,12 +84,15 @@ def draw_unet(config: UNetConfig) -> None:
         scale = patch * 2**level
         attention = config.resolutions[level] in config.attention_resolutions
         return (f"{config.block_out_channels[level]} channels, {height // scale}x{width // scale}"
-                f"\n{blocks} residual blocks" + (" + attention" if attention else ""))
+                f"\n{blocks} residual block" + "s" * (blocks > 1) + " + attention" * attention)
 
+    end = f"unfold: {config.out_channels} x {height}x{width} prediction of v"
+    if config.refine_channels:
+        end = (f"unfold to {height}x{width}; 3x3 conv, and beside\nit a residual block of "
+               f"{config.refine_channels} channels")
     box(axes, 0, 1.3, f"noisy slice, {config.in_channels} x {height}x{width}\nfold {patch}x{patch}"
         " blocks, 3x3 conv", "white", 2.6)
-    box(axes, 8, 1.3, "GroupNorm, SiLU, 3x3 conv\nunfold: "
-        f"{config.out_channels} x {height}x{width} prediction of v", "white", 2.6)
+    box(axes, 8, 1.3, f"GroupNorm, SiLU, 3x3 conv\n{end}", "white", 2.9)
     for level in range(last + 1):
         y, shift, colour = -1.3 * level, 0.55 * level, colours[level]
         box(axes, shift, y, level_text(level, config.layers_per_block), colour)
@@ -113,7 +116,7 @@ def draw_unet(config: UNetConfig) -> None:
         "#eeeeee", 3.4)
     arrow(axes, (4, 0.86), (4, 0.3), linestyle=":")
     axes.set(xlim=(-1.6, 9.6), ylim=(bottom - 0.6, 1.9),
-             title=f"UNet of the 64-pixel model: {count / 1e6:.1f} M parameters")
+             title=f"UNet of the native model: {count / 1e6:.1f} M parameters")
     axes.set_axis_off()
     figure.savefig(IMAGES / "unet.png", dpi=110)
 
@@ -257,23 +260,22 @@ def main() -> None:
                         help="run folder whose training is shown (default: none)")
     args = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
-    model = load_model(SHIPPED["64"], CPU)
-    draw_unet(model.net.config)
+    native = load_model(SHIPPED["native"], CPU)
+    draw_unet(native.net.config)
     images, names = phantom_slices(128, 0, 8, 2)
     save_grid(Slices(images, names, CPU)[np.arange(16)], IMAGES / "phantoms.png", columns=8)
     draw_preparation()
-    generated, states = draw_slices(model)
-    draw_process(model, states)
+    generated, states = draw_slices(native)
+    draw_process(native, states)
     shown = torch.linspace(0, len(states) - 1, STRIP_LENGTH).round().long()
     save_grid(states[shown], IMAGES / "reverse.png", columns=STRIP_LENGTH)
-    native = load_model(SHIPPED["native"], CPU)
     draw_conditions(native)
     draw_features(native)
     if args.data:
-        draw_rows(generated, args.data, "real_and_generated.png")
-        slices = draw_slices(native)[0]
-        draw_rows(slices, args.data, "native.png")
-        draw_blind(slices, args.data)
+        draw_rows(generated, args.data, "native.png")
+        draw_blind(generated, args.data)
+        small = draw_slices(load_model(SHIPPED["64"], CPU))[0]
+        draw_rows(small, args.data, "real_and_generated.png")
     if args.run:
         draw_training(args.run)
     draw_samplers()

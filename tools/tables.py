@@ -12,7 +12,7 @@ from utils.cli import Parser, run_cli
 from utils.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "sampling.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "sampling.md", ROOT / "docs" / "benchmarks.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -81,8 +81,8 @@ def time_to_quality() -> str:
     return table([*rows, ["floor", "", "", *floors]])
 
 
-TABLES = {"glance": glance, "time_to_quality": time_to_quality, "quality": quality,
-          "samplers": samplers}
+TABLES = {"glance": glance, "quality": quality, "samplers": samplers,
+          "time_to_quality": time_to_quality}
 
 
 def fill(text: str) -> str:

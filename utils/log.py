@@ -103,7 +103,7 @@ def draw_losses(folder: Path) -> None:
     """Draws loss.png from metrics.csv: training and validation loss, the latter by quartile of the
     timestep as well."""
     rows = read_csv(folder / "metrics.csv")
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     curves = [(left, "loss", "train", dict(color="0.7")),
               (left, "validation_loss", "validation, EMA model",
@@ -115,7 +115,7 @@ def draw_losses(folder: Path) -> None:
         points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
         if points:
             axes.plot(*zip(*points), label=label, **how)
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     left.set(title="Loss", xlabel="step", ylabel="mean squared error", yscale="log")
     right.set(title="Validation loss by timestep", xlabel="step", yscale="log")
     for axes in (left, right):

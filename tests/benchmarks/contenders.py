@@ -24,11 +24,18 @@ from utils.device import keep_freed_memory
 TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def comparable(size: int) -> list[str]:
+    """Options of train.py for a net that the others can have as well, trained without extras."""
+    channels = {128: "64 128 192 256", 256: "64 64 128 192 256"}.get(size, "96 128 128")
+    return ["--preset", "64", "--image-size", str(size), "--block-out-channels", *channels.split(),
+            "--layers-per-block", "2", "--patch-size", "4" if size == 256 else "2",
+            "--attention-up-to", "8" if size < 128 else "16", "--final-channels", "0",
+            "--refine-channels", "0", "--dropout", "0", "--augment", "0", "--p-std", "1.2"]
+
+
 def our_configs(size: int, batch_size: int, device: torch.device, *options: str):
-    """The three configs that train.py makes of its options; 64's net for everything below."""
-    preset = {128: "128", 256: "256"}.get(size, "64")
-    args = parse_args(["--preset", preset, "--image-size", str(size), "--batch-size",
-                       str(batch_size), *options])
+    """The three configs that train.py makes of its options."""
+    args = parse_args([*comparable(size), "--batch-size", str(batch_size), *options])
     return make_configs(args, (size, size), device, 0)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import bench  # first: it puts the scripts on the path
 import torch
 from bench import ROOT, Contender, draw_bars, facts, fastest, print_table, save_json, take_turns
-from contenders import our_configs, ours
+from contenders import comparable, our_configs, ours
 from dataset import Slices, phantom_slices
 from train import PRESETS, Run
 from utils.cli import run_cli
@@ -42,8 +42,8 @@ def against_processes(size: int, counts: list[int], device: torch.device) -> lis
             threads = str(max(1, torch.get_num_threads() // count))
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 "--nproc-per-node", str(count), "--", str(ROOT / "train.py"), "--preset", "64",
-                 "--image-size", str(size), "--steps", "40", "--log-every", "10", "--save-every",
+                 "--nproc-per-node", str(count), "--", str(ROOT / "train.py"),
+                 *comparable(size), "--steps", "40", "--log-every", "10", "--save-every",
                  "1000", "--run", scratch, "--device", device.type],
                 env={**os.environ, "OMP_NUM_THREADS": threads}, check=True, capture_output=True)
             with open(Path(scratch) / "metrics.csv", newline="") as file:
