@@ -42,7 +42,8 @@ class UNetConfig:
         self-attention. The middle block always has it.
     patch_size: side of the pixel blocks that are folded into channels in front of the net and
         unfolded behind it. 2 means a quarter of the positions, about a quarter of the work.
-    dropout: probability in the residual blocks, one for all levels or one for each, finest first.
+    dropout: probability in the residual blocks, of each level, finest first; the last one holds for
+        all coarser levels.
     label_dim: length of the label vectors that the net is conditioned on; 0 for none.
     final_channels: channels of the full-resolution convolution behind the unfolded blocks, which
         removes their borders (Bao et al. 2023, U-ViT, section 3.1); 0 for none.
@@ -73,10 +74,9 @@ class UNetConfig:
         if self.refine_channels % 8 or self.refine_channels and not self.final_channels:
             raise ValueError(f"refine_channels {self.refine_channels}: give a multiple of 8, with "
                              "final_channels above 0")
-        if isinstance(self.dropout, tuple) and \
-                len(self.dropout) != len(self.block_out_channels):
+        if isinstance(self.dropout, tuple) and len(self.dropout) > len(self.block_out_channels):
             raise ValueError(f"dropout: {len(self.dropout)} values for "
-                             f"{len(self.block_out_channels)} levels; give one, or one for each")
+                             f"{len(self.block_out_channels)} levels; give at most one for each")
         for channels in self.block_out_channels:
             for name in ("norm_num_groups", "attention_head_dim"):
                 if channels % getattr(self, name):
@@ -90,7 +90,9 @@ class UNetConfig:
 
     def level_dropout(self, level: int) -> float:
         """Dropout probability of a level's residual blocks."""
-        return self.dropout[level] if isinstance(self.dropout, tuple) else self.dropout
+        if not isinstance(self.dropout, tuple):
+            return self.dropout
+        return self.dropout[min(level, len(self.dropout) - 1)]
 
     @property
     def resolutions(self) -> tuple[int, ...]:

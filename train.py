@@ -98,7 +98,7 @@ class TrainConfig:
 # finest level of the 64-pixel net work at 32x32, the size of the CIFAR nets of Ho et al.
 RECIPE = dict(
     block_out_channels=[96, 128, 128, 128], layers_per_block=1, attention_up_to=16, patch_size=2,
-    dropout=[0.0, 0.1, 0.1, 0.1], final_channels=4, refine_channels=32, schedule="cosine-shifted",
+    dropout=[0.0, 0.1], final_channels=4, refine_channels=32, schedule="cosine-shifted",
     noise_distribution="log-normal", p_mean=-2.0, p_std=1.6, augment=0.15,
     condition=["height", "class"], ema_short=0.05, batch_size=64, learning_rate=1.2e-3,
     steps=10_000, save_every=1250)
@@ -109,8 +109,8 @@ PRESETS = {
         ema_short=0.0, batch_size=16, learning_rate=2e-3, steps=600, save_every=150),
     "64": RECIPE | dict(
         image_size=64, block_out_channels=[96, 128, 128], attention_up_to=8,
-        dropout=[0.0, 0.1, 0.1], schedule="cosine", p_mean=-1.2, batch_size=16, learning_rate=8e-4,
-        steps=16_000, save_every=1000),
+        schedule="cosine", p_mean=-1.2, batch_size=16, learning_rate=8e-4, steps=9500,
+        save_every=1000),
     "128": RECIPE | dict(image_size=128),
     "native": RECIPE | dict(image_size="native"),
     "256": RECIPE | dict(image_size=256),
@@ -172,8 +172,8 @@ OPTIONS = {
         ("block-out-channels", "channels of each level, multiples of 32", None, positive_int),
         ("layers-per-block", "residual blocks per level", None, positive_int),
         ("attention-up-to", "self-attention on feature maps up to this side", None, natural),
-        ("dropout", "dropout probability in the residual blocks: one value, or one per level", None,
-         fraction),
+        ("dropout", "dropout probability in the residual blocks of each level, finest first; the "
+         "last one holds for all coarser levels", None, fraction),
         ("patch-size", "side in pixels of the patches folded into channels", None, positive_int),
         ("final-channels", "channels of a final convolution at full resolution (0: none)", None,
          natural),

@@ -600,7 +600,7 @@ PICTURES = [
 def test_train_and_inspect_reject(tmp_path, rejected, make, words):
     make(tmp_path)
     args = ["--data", tmp_path / "s", "--image-size", 16, "--run", tmp_path / "r",
-            "--block-out-channels", 32, "--batch-size", 2, "--device", "cpu"]
+            "--block-out-channels", 32, 32, "--batch-size", 2, "--device", "cpu"]
     rejected("train.py", args, *words)
     rejected("tools.inspect", [tmp_path / "s", "--out", tmp_path / "i.png"], *words)
     assert not (tmp_path / "r").exists()
@@ -653,7 +653,7 @@ def test_two_pictures_of_one_number_are_not_made_one(tmp_path, rejected):
 def test_fewer_slices_than_a_batch_and_small_ones(tmp_path, rejected, capsys):
     source(tmp_path)
     args = ["--data", tmp_path / "s", "--image-size", 64, "--run", tmp_path / "r", "--device",
-            "cpu", "--block-out-channels", 32]
+            "cpu", "--block-out-channels", 32, 32]
     rejected("train.py", [*args, "--batch-size", 7], "--batch-size 7 is more than the 6 slices")
     load_splits(tmp_path / "s", 64)
     said = capsys.readouterr().err

@@ -158,7 +158,7 @@ def test_size_that_cannot_be_halved_is_named(height, width):
     (dict(sample_size=(30, 30)), "30x30"),
     (dict(block_out_channels=(48, 64)), "block_out_channels: 48"),
     (dict(attention_resolutions=(15,)), "attention_resolutions: no level has a side of 15"),
-    (dict(dropout=(0.1, 0.2)), "dropout: 2 values for 3 levels"),
+    (dict(dropout=(0.1, 0.2, 0.3, 0.4)), "dropout: 4 values for 3 levels"),
 ])
 def test_bad_configs_name_the_field(values, words):
     with pytest.raises(ValueError, match=words):
@@ -193,12 +193,14 @@ def test_dropout_may_be_a_whole_number():
 
 
 def test_dropout_by_level():
-    config = UNetConfig(sample_size=(32, 32), block_out_channels=(32, 32), dropout=(0.0, 0.3),
+    config = UNetConfig(sample_size=(32, 32), block_out_channels=(32, 32, 32), dropout=(0.0, 0.3),
                         attention_resolutions=())
     net = UNet(config)
     chances = {name: m.p for name, m in net.named_modules() if isinstance(m, torch.nn.Dropout)}
     assert {p for name, p in chances.items() if "blocks.0" in name and "down" in name} == {0.0}
-    assert {p for name, p in chances.items() if name.startswith("up_blocks.0")} == {0.3}
+    for coarse in ("down_blocks.1", "down_blocks.2", "up_blocks.0", "up_blocks.1"):
+        assert {p for name, p in chances.items() if name.startswith(coarse)} == {0.3}
+    assert {p for name, p in chances.items() if name.startswith("up_blocks.2")} == {0.0}
     assert {p for name, p in chances.items() if name.startswith("mid")} == {0.3}
 
 

@@ -12,12 +12,13 @@ from utils.cli import Parser, run_cli
 from utils.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "sampling.md", ROOT / "docs" / "benchmarks.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "weights/README.md", "docs/sampling.md",
+                                       "docs/benchmarks.md"))
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def evaluation(name: str) -> dict:
-    return json.loads((ROOT / "weights" / f"oasis-{name}.evaluation.json").read_text("utf-8"))
+def evaluation(name: str, kind: str = "evaluation") -> dict:
+    return json.loads((ROOT / "weights" / f"oasis-{name}.{kind}.json").read_text("utf-8"))
 
 
 def table(rows: list[list[str]]) -> str:
@@ -39,7 +40,9 @@ def glance() -> str:
                   ["KID", *cells("kid", "{value} ({floor})")],
                   ["Frechet distance", *cells("frechet", "{value} ({floor})")],
                   ["spectrum, mean \\|log2 ratio\\|", *cells("spectrum", "{value} ({floor})")],
+                  ["accuracy of a classifier", *cells("two_sample", "{value} ({floor})")],
                   ["precision", *cells("precision", "{value} ({floor})")],
+                  ["recall", *cells("recall", "{value} ({floor})")],
                   ["copies beyond what unseen subjects show", *copies]])
 
 
@@ -55,8 +58,21 @@ def quality() -> str:
     return table(rows)
 
 
+def conditions() -> str:
+    """Share of fluid of real and generated slices by class, and how well heights are followed."""
+    native, small = (evaluation(name, "conditions") for name in ("native", "64"))
+    rows = [["class (train subjects)", "real", "native", "real at 64 px", "64 px"]]
+    for name, found in native["fluid"].items():
+        shares = [kind[-1] for part in (found, small["fluid"][name])
+                  for kind in (part["real"], part["generated"])]
+        rows.append([f"{name} ({found['real_subjects']})", *map(number, shares)])
+    heights = [number(found["height_correlation"]) for found in (native, small)]
+    return table([*rows, ["height asked for and found, correlation", "", heights[0], "",
+                          heights[1]]])
+
+
 def samplers() -> str:
-    """The 64-pixel model by sampler and network calls."""
+    """An earlier 64-pixel model by sampler and network calls."""
     found = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))["compare"]
     names = ("spectrum", "kid", "frechet", "two_sample")
     rows = [["sampler, steps", "calls", "spectrum", "KID", "Frechet", "two-sample"]]
@@ -81,8 +97,8 @@ def time_to_quality() -> str:
     return table([*rows, ["floor", "", "", *floors]])
 
 
-TABLES = {"glance": glance, "quality": quality, "samplers": samplers,
-          "time_to_quality": time_to_quality}
+TABLES = {"glance": glance, "conditions": conditions, "quality": quality,
+          "samplers": samplers, "time_to_quality": time_to_quality}
 
 
 def fill(text: str) -> str:
