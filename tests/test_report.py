@@ -15,6 +15,7 @@ from predict import load_model
 from tools.tables import BLOCK, PAGES, ROOT, TABLES, fill
 from train import Run, TrainConfig
 from utils.checkpoint import SHIPPED
+from utils.device import choose_dtype
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -60,7 +61,9 @@ def test_the_shipped_models_reach_their_validation_loss(name, oasis, tmp_path):
     config = TrainConfig(**{key: value for key, value in results["train"].items() if key in names})
     height, width = model.net.config.sample_size
     slices = load_splits(oasis, width if height == width else None, tmp_path)
+    cpu = torch.device("cpu")
+    dtype = str(choose_dtype("auto", cpu)).removeprefix("torch.")  # float32 takes minutes
     run = Run(tmp_path, model.net.config, model.scheduler.config, model.labels,
-              replace(config, dtype="float32"), slices, torch.device("cpu"))
+              replace(config, dtype=dtype), slices, cpu)
     run.ema.net.load_state_dict(model.net.state_dict())
     assert run.evaluate("validate")["loss"] == pytest.approx(results["validate"]["loss"], rel=0.01)
