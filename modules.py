@@ -457,8 +457,9 @@ class SchedulerConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {list(allowed)}")
-        if self.num_train_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError("num_train_timesteps must be at least 2 and "
+        least = 3 if self.rescale_betas_zero_snr else 2  # two finite levels to sample between
+        if self.num_train_timesteps < least or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"num_train_timesteps must be at least {least} and "
                              "0 < beta_start <= beta_end < 1")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError("prediction_type: epsilon does not determine the image at zero "

@@ -293,7 +293,7 @@ def read_init(args: argparse.Namespace, model: Model) -> dict:
             raise UserError(f"--{'mask' if args.mask else 'strength'} needs --init IMAGE")
         return {}
     height, width = model.net.config.sample_size
-    pictures = [read_mr_slice(args.init)] + ([read_gray(args.mask)] if args.mask else [])
+    pictures = [read_mr_slice(args.init, args.few_levels)] + ([read_gray(args.mask)] if args.mask else [])
     for path, picture in zip((args.init, args.mask), pictures):
         if height != width and picture.size != (width, height) or picture.size != pictures[0].size:
             wanted = pictures[0].size if height == width else (width, height)
@@ -423,6 +423,9 @@ def parse_args() -> argparse.Namespace:
     add("--mask", type=Path, metavar="IMAGE",
         help="fill in only where this image is white; --init is kept elsewhere "
              "(default: everywhere)")
+    add("--few-levels", action="store_true",
+        help="accept an --init with few grey levels, which otherwise is rejected as a segmentation "
+             "map (default: off)")
     add_sampling_options(parser)
     args = parser.parse_args()
     if args.mask and args.resample is None:

@@ -585,17 +585,17 @@ class Run:
         self._note_changes(content["step"], stored)
         self.net.load_state_dict(content["net"])
         self.ema.net.load_state_dict(content["ema"])
-        self.ema.num_updates = content["ema_updates"]
+        self.ema.num_updates = int(content["ema_updates"])
         if self.ema_short:
             self.ema_short.net.load_state_dict(content["ema_short"])
-            self.ema_short.num_updates = content["ema_updates"]
+            self.ema_short.num_updates = self.ema.num_updates
         # The optimiser's own groups: they say whether it is fused, which depends on the device.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
         self.scaler.load_state_dict(content["scaler"])
-        self.step = self.saved_step = content["step"]
-        self.seconds = content["seconds"]
-        self.loss_sum, self.loss_count = content["loss_sum"].to(self.device), content["loss_count"]
+        self.step = self.saved_step = int(content["step"])
+        self.seconds, self.loss_count = float(content["seconds"]), int(content["loss_count"])
+        self.loss_sum.copy_(content["loss_sum"])
 
     def _note_changes(self, step: int, stored: dict) -> None:
         """Prints what changes in a continued run, and records a change of `steps`."""

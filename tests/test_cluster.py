@@ -400,6 +400,11 @@ def test_a_checkpoint_that_lies_is_refused_before_a_weight_is_loaded(make_run, t
         with pytest.raises(ValueError, match="do not fit"):
             victim.resume()
         assert same(before, victim.net.state_dict())
+    for part in ("step", "seconds", "ema_updates", "loss_sum", "loss_count"):
+        for value in ("text", [1]):
+            torch.save({**content, part: value}, run.checkpoint)
+            with pytest.raises((ValueError, TypeError)):  # which `prepare` puts into one line
+                make_run().resume()
     torch.save(content, run.checkpoint)
     make_run().resume()
     assert not (tmp_path / "elsewhere").exists()

@@ -1,16 +1,17 @@
 """An exported model, opened by diffusers: the same slices there as here."""
 
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from safetensors import SafetensorError
 
 from modules import (Denoiser, LabelConfig, NoiseScheduler, SamplerConfig, SchedulerConfig, UNet,
                      UNetConfig, seeded_noise)
 from predict import Model, Slice, generate, load_model
 from tools.export import export
 from utils.checkpoint import SHIPPED
+from utils.cli import UserError
 from utils.pictures import to_uint8
 
 CPU = torch.device("cpu")
@@ -93,6 +94,18 @@ def test_the_card_has_the_header_of_model_hubs(exported):
     assert fields == {"library_name": "diffusers",
                       "pipeline_tag": "unconditional-image-generation"}
     assert "No diagnostic use" in text and "from_pretrained" in text
+
+
+@pytest.mark.parametrize("what, error", [
+    ("shutil.copyfile", OSError(28, "No space left on device")),
+    ("diffusers.UNet2DModel.save_pretrained", SafetensorError("I/O error: No space left"))])
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, what, error):
+    def full(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(what, full)
+    with pytest.raises(UserError, match="brains: cannot be written .*No space left.*free some"):
+        export(load_model(SHIPPED["64"], CPU), tmp_path / "brains")
+    assert not any(tmp_path.iterdir())
 
 
 def test_wrong_use_is_one_line(tmp_path, rejected):

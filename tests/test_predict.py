@@ -529,6 +529,10 @@ def test_wrong_use_is_one_line(tiny, picture, tmp_path, rejected, make_run):
     attempt(["--mask", path], "--mask needs --init")
     for name in ("text.png", "colour.png", "black.png", "nowhere.png"):
         attempt(["--init", tmp_path / name], name)
+    Image.fromarray(np.uint8(np.eye(16) * 100)).save(tmp_path / "map.png")
+    attempt(["--init", tmp_path / "map.png"], "map.png", "few grey levels", "--few-levels")
+    attempt(["--init", tmp_path / "map.png", "--few-levels", "--mask", tmp_path / "black.png"],
+            "nothing to fill")
     attempt(["--init", path, "--mask", tmp_path / "black.png"], "black.png", "nothing to fill")
     attempt(["--init", path, "--mask", tmp_path / "narrow.png"], "narrow.png", "12x16", "16x16")
     attempt(["--seeds", "1-0"], "--seeds", "'1-0'")

@@ -511,6 +511,7 @@ def test_low_precision_images_still_get_noise_at_every_timestep(dtype):
     (dict(beta_schedule="cosine"), "beta_schedule"),
     (dict(prediction_type="noise"), "prediction_type"),
     (dict(num_train_timesteps=0), "num_train_timesteps"),
+    (dict(num_train_timesteps=2, rescale_betas_zero_snr=True), "num_train_timesteps .* least 3"),
     (dict(rescale_betas_zero_snr=True, prediction_type="epsilon"), "prediction_type: epsilon"),
 ])
 def test_bad_configs_name_the_field(values, words):

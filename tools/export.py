@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from modules import SchedulerConfig, UNetConfig, make_betas
 from predict import Model, load_model
 from utils.checkpoint import SHIPPED, find_model
 from utils.cli import Parser, UserError, run_cli
-from utils.files import write_atomic, write_json
 
 CARD = """---
 library_name: diffusers
@@ -101,12 +101,12 @@ def scheduler_config(config: SchedulerConfig) -> dict:
 
 
 def export(model: Model, folder: Path) -> None:
-    """Writes the folder; it becomes visible to diffusers with its last file, model_index.json.
+    """Writes the folder, or nothing.
 
     Raises UserError without diffusers, or if the folder holds anything or cannot be written.
     """
     try:
-        from diffusers import DDIMScheduler, UNet2DModel, __version__
+        import diffusers  # noqa: F401
     except ImportError:
         raise UserError("tools.export needs diffusers; pip install diffusers") from None
     try:
@@ -116,6 +116,17 @@ def export(model: Model, folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder"
                         ) from None
+    try:
+        write_folder(model, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be written ({error}); free some space or give another "
+                        "folder") from None
+
+
+def write_folder(model: Model, folder: Path) -> None:
+    """Writes the files; diffusers opens the folder once the last one, model_index.json, is there."""
+    from diffusers import DDIMScheduler, UNet2DModel, __version__
     config, labels, table = model.net.config, model.labels, label_table(model)
     weights = model.net.cpu().state_dict()
     final = {name: weights.pop(name).tolist() for name in list(weights)
@@ -128,12 +139,13 @@ def export(model: Model, folder: Path) -> None:
     values = scheduler_config(model.scheduler.config) | {"clip_sample": False}  # the pipeline does
     DDIMScheduler(**values).save_pretrained(folder / "scheduler")
     shutil.copyfile(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
-    write_atomic(folder / "README.md", lambda file: file.write(card(model, folder.name).encode()))
-    write_json(folder / "model_index.json", {
+    (folder / "README.md").write_text(card(model, folder.name), encoding="utf-8")
+    index = {
         "_class_name": ["pipeline", "BrainSlicePipeline"], "_diffusers_version": __version__,
         "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"],
         "patch_size": config.patch_size, "final_layers": final, "labels": list(labels.classes),
-        "heights": height_rows(model), "clip": model.scheduler.config.clip_sample})
+        "heights": height_rows(model), "clip": model.scheduler.config.clip_sample}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def card(model: Model, name: str) -> str:
