@@ -478,7 +478,8 @@ def make_scheduler_config(schedule: str, num_train_timesteps: int = 1000,
     sample_size: (H, W) of the images, which "cosine-shifted" depends on.
 
     Linear betas are scaled by 1000 / T, so that T steps end at the noise level that 1000 do
-    (Nichol & Dhariwal's code).
+    (Nichol & Dhariwal's code). Only for "epsilon" is x_0 clipped, which there is divided by
+    almost no signal at first: otherwise clipping errors near black on one side brightens images.
     """
     scale = 1000 / num_train_timesteps
     return SchedulerConfig(
@@ -489,6 +490,7 @@ def make_scheduler_config(schedule: str, num_train_timesteps: int = 1000,
         log_snr_shift=math.log(64**2 / math.prod(sample_size)) * (schedule == "cosine-shifted"),
         rescale_betas_zero_snr=schedule == "zero-snr",
         prediction_type=prediction_type,
+        clip_sample=prediction_type == "epsilon",
     )
 
 

@@ -574,7 +574,7 @@ class Run:
         if content is None:
             return
         stored = content["train"]
-        may_change = ["steps", "data", "accumulate", "extended"]
+        may_change = ["steps", "data", "accumulate", "extended", "clip_sample"]
         if self.auto_dtype and stored["dtype"] != "float16":
             may_change.append("dtype")
         check_same_run(self.folder, content, self.parts(), may_change)
