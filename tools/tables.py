@@ -72,16 +72,18 @@ def conditions() -> str:
 
 
 def samplers() -> str:
-    """An earlier 64-pixel model by sampler and network calls."""
-    found = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))["compare"]
-    names = ("spectrum", "kid", "frechet", "two_sample")
-    rows = [["sampler, steps", "calls", "spectrum", "KID", "Frechet", "two-sample"]]
-    for run in found:
+    """The native model by sampler, network calls and range of seeds."""
+    found = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))
+    names = ("spectrum", "kid", "frechet", "two_sample", "precision", "recall", "symmetry")
+    rows = [["sampler, steps", "calls", "seeds from", "spectrum", "KID", "Frechet", "two-sample",
+             "precision", "recall", "symmetry"]]
+    for run in found["compare"]:
         spacing = "" if run["spacing"] == "karras" else f", {run['spacing']}"
         rows.append([f"`{run['sampler']}` {run['steps']}{spacing}", str(run["calls"]),
+                     str(run["first_seed"]),
                      *(number(run["measures"][name]["value"]) for name in names)])
-    floors = [number(found[0]["measures"][name]["floor"]) for name in names]
-    return table([*rows, ["floor", "", *floors]])
+    floors = [number(run["measures"][name]["floor"]) for name in names]
+    return table([*rows, ["floor", "", "", *floors]])
 
 
 def time_to_quality() -> str:
