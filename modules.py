@@ -478,8 +478,8 @@ def make_scheduler_config(schedule: str, num_train_timesteps: int = 1000,
     sample_size: (H, W) of the images, which "cosine-shifted" depends on.
 
     Linear betas are scaled by 1000 / T, so that T steps end at the noise level that 1000 do
-    (Nichol & Dhariwal's code). Only for "epsilon" is x_0 clipped, which there is divided by
-    almost no signal at first: otherwise clipping errors near black on one side brightens images.
+    (Nichol & Dhariwal's code). x_0 is clipped for "epsilon" alone, where the first steps divide
+    it by almost no signal; clipping cuts off errors near black on one side, which brightens it.
     """
     scale = 1000 / num_train_timesteps
     return SchedulerConfig(

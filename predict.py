@@ -293,7 +293,9 @@ def read_init(args: argparse.Namespace, model: Model) -> dict:
             raise UserError(f"--{'mask' if args.mask else 'strength'} needs --init IMAGE")
         return {}
     height, width = model.net.config.sample_size
-    pictures = [read_mr_slice(args.init, args.few_levels)] + ([read_gray(args.mask)] if args.mask else [])
+    pictures = [read_mr_slice(args.init, args.few_levels)]
+    if args.mask:
+        pictures.append(read_gray(args.mask))
     for path, picture in zip((args.init, args.mask), pictures):
         if height != width and picture.size != (width, height) or picture.size != pictures[0].size:
             wanted = pictures[0].size if height == width else (width, height)

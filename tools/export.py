@@ -125,7 +125,7 @@ def export(model: Model, folder: Path) -> None:
 
 
 def write_folder(model: Model, folder: Path) -> None:
-    """Writes the files; diffusers opens the folder once the last one, model_index.json, is there."""
+    """Writes the files; diffusers opens the folder once the last, model_index.json, is there."""
     from diffusers import DDIMScheduler, UNet2DModel, __version__
     config, labels, table = model.net.config, model.labels, label_table(model)
     weights = model.net.cpu().state_dict()
