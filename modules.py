@@ -479,7 +479,7 @@ def make_scheduler_config(schedule: str, num_train_timesteps: int = 1000,
 
     Linear betas are scaled by 1000 / T, so that T steps end at the noise level that 1000 do
     (Nichol & Dhariwal's code). x_0 is clipped for "epsilon" alone, where the first steps divide
-    it by almost no signal; clipping cuts off errors near black on one side, which brightens it.
+    it by almost no signal; with v-prediction, slices are better without.
     """
     scale = 1000 / num_train_timesteps
     return SchedulerConfig(

@@ -23,6 +23,7 @@ from modules import SchedulerConfig, UNetConfig, make_betas
 from predict import Model, load_model
 from utils.checkpoint import SHIPPED, find_model
 from utils.cli import Parser, UserError, run_cli
+from utils.files import write_json
 
 CARD = """---
 library_name: diffusers
@@ -118,8 +119,10 @@ def export(model: Model, folder: Path) -> None:
                         ) from None
     try:
         write_folder(model, folder)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:  # Ctrl-C, too, leaves no half export
         shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         raise UserError(f"{folder}: cannot be written ({error}); free some space or give another "
                         "folder") from None
 
@@ -140,12 +143,11 @@ def write_folder(model: Model, folder: Path) -> None:
     DDIMScheduler(**values).save_pretrained(folder / "scheduler")
     shutil.copyfile(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
     (folder / "README.md").write_text(card(model, folder.name), encoding="utf-8")
-    index = {
+    write_json(folder / "model_index.json", {
         "_class_name": ["pipeline", "BrainSlicePipeline"], "_diffusers_version": __version__,
         "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"],
         "patch_size": config.patch_size, "final_layers": final, "labels": list(labels.classes),
-        "heights": height_rows(model), "clip": model.scheduler.config.clip_sample}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        "heights": height_rows(model), "clip": model.scheduler.config.clip_sample})
 
 
 def card(model: Model, name: str) -> str:
