@@ -612,16 +612,17 @@ class NoiseScheduler:
 # Sampling: noise levels, the denoiser, samplers
 # ---------------------------------------------------------------------------------------------
 
-SPACINGS = ("karras", "logsnr", "trailing")
+SPACINGS = ("logsnr", "karras", "trailing")
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """How to sample: one of `SAMPLERS`, its number of steps and where its noise levels lie.
 
-    spacing: "karras": even in sigma^(1 / rho) from sigma_max to sigma_min (Karras et al. 2022,
-        eq. 5); "logsnr": even in the logarithm of sigma; "trailing": every T / steps-th timestep
-        of training, from T - 1 down (Lin et al. 2024, table 2).
+    spacing: "logsnr": from sigma_max to sigma_min, even in the logarithm of sigma (Lu et al. 2022,
+        section 5.1); "karras": the same, even in sigma^(1 / rho) (Karras et al. 2022, eq. 5);
+        "trailing": every T / steps-th timestep of training, from T - 1 down (Lin et al. 2024,
+        table 2).
     sigma_min, sigma_max: limited to what the net was trained with, where sigma is finite.
     eta: randomness of ddim and dpmpp, 0 (none) to 1 (as ddpm).
     churn: S_churn of heun, the noise added and removed again over all steps.
@@ -632,7 +633,7 @@ class SamplerConfig:
 
     sampler: str = "dpmpp"
     steps: int = 20
-    spacing: str = "karras"
+    spacing: str = "logsnr"
     rho: float = 7.0
     sigma_min: float = 0.02
     sigma_max: float = 500.0

@@ -312,18 +312,22 @@ def read_init(args: argparse.Namespace, model: Model) -> dict:
     return values
 
 
-def settings_of(args: argparse.Namespace, model: Model, config: SamplerConfig, denoise: Denoiser,
-                start: dict) -> dict:
-    """What makes the slices, besides their seed and height: the manifest's columns."""
-    def digest(path: Path | str | None) -> str | None:
-        return path and sha256(Path(path))[:16]
-    return {"class": args.class_, "weights_sha256": sha256(model.path), "step": model.step,
+def sampling_settings(args: argparse.Namespace, model: Model, config: SamplerConfig,
+                      denoise: Denoiser) -> dict:
+    """What makes the slices of a model, besides their seed and height."""
+    guide = args.guide and sha256(find_model(args.guide, "--guide"))[:16]
+    return {"class": args.class_, "weights_sha256": sha256(model.path)[:16], "step": model.step,
             **asdict(config), "clip": denoise.clip, "guidance": denoise.guidance,
-            "guidance_interval": args.guidance_interval,
-            "guide_sha256": digest(args.guide and find_model(args.guide, "--guide")),
-            "epsilon_scale": args.epsilon_scale, "dtype": str(denoise.dtype).split(".")[1],
-            "init_sha256": digest(args.init), "strength": start.get("strength"),
-            "mask_sha256": digest(args.mask)}
+            "guidance_interval": args.guidance_interval, "guide_sha256": guide,
+            "epsilon_scale": args.epsilon_scale, "dtype": str(denoise.dtype).split(".")[1]}
+
+
+def manifest_settings(args: argparse.Namespace, model: Model, config: SamplerConfig,
+                      denoise: Denoiser, start: dict) -> dict:
+    """The manifest's columns that are the same for all slices."""
+    init, mask = (path and sha256(path)[:16] for path in (args.init, args.mask))
+    return sampling_settings(args, model, config, denoise) | {
+        "init_sha256": init, "strength": start.get("strength"), "mask_sha256": mask}
 
 
 def row_of(slice_: Slice) -> dict:
@@ -366,7 +370,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="steps of the sampler (default: "
         + ", ".join(f"{steps} of {name}" for name, steps in DEFAULT_STEPS.items()) + ")")
     add("--spacing", choices=SPACINGS,
-        help="noise levels even in sigma^(1/rho), in log sigma, or in training's timesteps "
+        help="noise levels even in log sigma, in sigma^(1/rho), or in training's timesteps "
              f"(default: {SamplerConfig.spacing})")
     add("--resample", type=int, metavar="N",
         help="times that each step is taken, each from the result of the last one noised again, "
@@ -506,7 +510,7 @@ def predict(args: argparse.Namespace) -> None:
     check_labels(model, args)
     args.stack = args.stack or args.position == "all"
     slices, start = requested(args, model), read_init(args, model)
-    settings = settings_of(args, model, config, denoise, start)
+    settings = manifest_settings(args, model, config, denoise, start)
     manifest, todo = on_all_ranks(lambda: open_manifest(args, settings, slices), first=True)
     mine = {name: todo[name] for name in list(todo)[rank()::world_size()]}
     batch_size = min(args.batch_size, -(-len(slices) // world_size()))

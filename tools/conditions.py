@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from predict import Model, Slice, add_sampling_options, generate, load_model, make_denoiser, \
-    sampler_config
+from predict import (Model, Slice, add_sampling_options, generate, load_model, make_denoiser,
+                     sampler_config, sampling_settings)
 from tools.evaluate import load_data
 from tools.measures import Sample, fluid, unit_rows
 from utils.checkpoint import SHIPPED, find_model
@@ -39,13 +39,12 @@ def sample_of(images: Tensor) -> Sample:
                   [""] * count)
 
 
-def draw(model: Model, args: argparse.Namespace, heights: list[float], class_: str | None
-         ) -> Tensor:
-    """uint8 (len(heights), H, W): the first seeds, one at each height, of one class."""
-    slices = [Slice(seed, height, class_) for seed, height in enumerate(heights)]
+def draw(model: Model, args: argparse.Namespace, heights: list[float], class_: str) -> Tensor:
+    """uint8 (len(heights), H, W) of one class: from --seed on, a seed for each height."""
+    slices = [Slice(seed, height, class_) for seed, height in enumerate(heights, args.seed)]
     config, parts = sampler_config(args), []
     denoise = make_denoiser(model, args, next(model.net.parameters()).device)
-    with progress_bar(len(slices), class_ or "no class", "slice") as bar:
+    with progress_bar(len(slices), class_, "slice") as bar:
         for images, batch in generate(model, slices, config, denoise, args.batch_size):
             parts.append(to_uint8(images)[:, 0])
             bar.update(len(batch))
@@ -86,7 +85,10 @@ def measure(model: Model, args: argparse.Namespace) -> dict:
                        "real_subjects": len({subject for subject, class_ in
                                              zip(train.subjects, train.classes) if class_ == name})}
     pairs = torch.stack([asked.repeat(len(nearest)), torch.cat(nearest)])
-    return {"model": model.path.name, "num": args.num, "guidance": args.guidance or 1.0,
+    denoise = make_denoiser(model, args, next(model.net.parameters()).device)
+    settings = sampling_settings(args, model, sampler_config(args), denoise)
+    del settings["class"]
+    return {"model": model.path.name, "num": args.num, "first_seed": args.seed, **settings,
             "bands": [*BANDS, "all"], "height_correlation": torch.corrcoef(pairs)[0, 1].item(),
             "fluid": found}
 
@@ -102,6 +104,8 @@ def main() -> None:
                         help="results (default: %(default)s)")
     add_sampling_options(parser)
     args = parser.parse_args()
+    if args.position is not None or args.class_ is not None:
+        raise UserError("all heights and classes are measured; leave out --position and --class")
     keep_freed_memory()
     model = load_model(find_model(args.checkpoint or SHIPPED[args.model]),
                        local_device(args.device))

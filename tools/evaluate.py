@@ -12,7 +12,6 @@ Every number stands beside its floor: the same measure for as many real slices o
 import argparse
 import hashlib
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from dataset import Slices, load_splits, slice_number
 from modules import SAMPLERS, SPACINGS, SamplerConfig, noise_levels
 from predict import (Model, Slice, add_sampling_options, check_labels, generate, load_model,
-                     make_denoiser, option_error, sampler_config)
+                     make_denoiser, option_error, sampler_config, sampling_settings)
 from tools.audit import SHOWN, Nearest, in_words, judge, nearest
 from tools.evaluation_page import draw_page
 from tools.features import INSTALL, cached_features, extract, load_network
@@ -60,12 +59,12 @@ def setting(text: str) -> dict:
 
 class Drawn(NamedTuple):
     """Slices that a model drew: uint8 (N, H, W), the seeds, the heights they are conditioned on
-    (0 to 1, or None), and the network calls that each slice took."""
+    (0 to 1, or None), and what made them, network calls included."""
 
     images: Tensor
     names: list[str]
     heights: Tensor | None
-    calls: int
+    settings: dict
 
 
 def draw_slices(model: Model, args: argparse.Namespace, config: SamplerConfig,
@@ -82,8 +81,9 @@ def draw_slices(model: Model, args: argparse.Namespace, config: SamplerConfig,
                          watch=lambda *_: bar.update())
         images = [to_uint8(batch)[:, 0] for batch, _ in drawn]
     heights = torch.tensor([s.height for s in slices]) if model.labels.height_range else None
-    return Drawn(torch.cat(images), [f"seed {seed}" for seed in seeds], heights,
-                 denoise.calls // batches)
+    settings = sampling_settings(args, model, config, denoise) | {
+        "position": args.position, "calls": denoise.calls // batches, "first_seed": args.seed}
+    return Drawn(torch.cat(images), [f"seed {seed}" for seed in seeds], heights, settings)
 
 
 def read_folder(folder: Path, num: int | None) -> tuple[Tensor, list[str]]:
@@ -393,10 +393,9 @@ def evaluate_model(args: argparse.Namespace, net: nn.Module, model: Model,
     reference, found = Reference(load_data(args.data, shape, str(model.path)), net), []
     for config in configs:
         drawn = draw_slices(model, args, config, device)
-        found.append({**asdict(config), "calls": drawn.calls, "first_seed": args.seed,
-                      **assess(reference, drawn.images, drawn.names, drawn.heights)})
+        found.append(drawn.settings | assess(reference, drawn.images, drawn.names, drawn.heights))
         if args.compare:
-            print(f"{config.sampler}:{config.steps}, {drawn.calls} network calls\n"
+            print(f"{config.sampler}:{config.steps}, {drawn.settings['calls']} network calls\n"
                   f"{table(found[-1])}\n", flush=True)
     return {"num": args.num, "size": list(shape)} | found[0] | (
         {"compare": found} if args.compare else {})
