@@ -22,7 +22,7 @@ import platform
 import shutil
 import signal
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,13 +36,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augmentations, load_splits,
                      moved)
-from modules import (EMA, QUALITY, SCHEDULES, Denoiser, LabelConfig, NoiseScheduler, SamplerConfig,
-                     SchedulerConfig, UNet, UNetConfig, make_scheduler_config, run_net, sample,
-                     seeded_noise)
+from modules import EMA, Denoiser, LabelConfig, NoiseScheduler, UNet, run_net, sample, seeded_noise
 from utils.checkpoint import (FORMAT, check_same_run, check_shapes, checkpoints, find_model,
                               newest_checkpoint, read_model, write_checkpoint)
-from utils.cli import (EVAL_SEED, Parser, UserError, checked, fraction, natural, positive_float,
-                       positive_int, run_cli, seed_number)
+from utils.cli import EVAL_SEED, UserError, run_cli
+from utils.configs import (QUALITY, SamplerConfig, SchedulerConfig, TrainConfig, UNetConfig,
+                           make_scheduler_config)
 from utils.device import (choose_dtype, describe_machine, keep_freed_memory, memory_gib,
                           out_of_memory)
 from utils.distributed import (Stop, join_processes, local_device, on_all_ranks, on_rank_zero,
@@ -50,6 +49,7 @@ from utils.distributed import (Stop, join_processes, local_device, on_all_ranks,
 from utils.files import write_atomic, write_json
 from utils.log import QUARTILES, Log, draw_losses
 from utils.pictures import save_grid
+from utils.train_options import parse_args
 
 STARTED = time.monotonic()  # --max-hours counts from here
 LABEL_STREAM = 2**31  # the `part` of `step_seed` for labels; larger than any rank's
@@ -57,169 +57,6 @@ LABEL_STREAM = 2**31  # the `part` of `step_seed` for labels; larger than any ra
 # ---------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What defines a run besides its network and its diffusion; fields are train.py's options.
-
-    Stored in every checkpoint. On the same CPU, two runs with equal configs are bit-identical.
-    A continued run may have more `steps`, another `accumulate`, another `data` (the folder's name,
-    not the slices, which `data_crc32` identifies), and, with --dtype auto, another `dtype`.
-    extended: (step, previous `steps`) for each time that `steps` was changed under a cosine
-    schedule: such a run has other weights than one with the final `steps` from the start.
-    """
-
-    data: str
-    data_crc32: int
-    steps: int
-    batch_size: int
-    accumulate: int
-    learning_rate: float
-    warmup_steps: int
-    lr_schedule: str
-    weight_decay: float
-    grad_clip: float
-    seed: int
-    dtype: str
-    # Every new field has a default, which older checkpoints get.
-    ema_length: float = 0.09
-    ema_short: float = 0.0
-    noise_distribution: str = "uniform"
-    p_mean: float = -1.2
-    p_std: float = 1.2
-    augment: float = 0.0
-    label_dropout: float = 0.1
-    init: str | None = None
-    extended: tuple = ()
-
-
-# Sources of the values: README, "Training", and docs/experiments.md. Patches of 2x2 pixels let the
-# finest level of the 64-pixel net work at 32x32, the size of the CIFAR nets of Ho et al.
-RECIPE = dict(
-    block_out_channels=[96, 128, 128, 128], layers_per_block=1, attention_up_to=16, patch_size=2,
-    dropout=[0.0, 0.1], final_channels=4, refine_channels=32, schedule="cosine-shifted",
-    noise_distribution="log-normal", p_mean=-2.0, p_std=1.6, augment=0.15,
-    condition=["height", "class"], ema_short=0.05, batch_size=64, learning_rate=1.2e-3,
-    steps=10_000, save_every=1250)
-PRESETS = {
-    "quick": RECIPE | dict(
-        image_size=48, block_out_channels=[32, 64, 96], attention_up_to=6, dropout=[0.0],
-        final_channels=0, refine_channels=0, schedule="cosine", p_mean=-1.2, p_std=1.2, augment=0.0,
-        ema_short=0.0, batch_size=16, learning_rate=2e-3, steps=600, save_every=150),
-    "64": RECIPE | dict(
-        image_size=64, block_out_channels=[96, 128, 128], attention_up_to=8,
-        schedule="cosine", p_mean=-1.2, batch_size=16, learning_rate=8e-4, steps=9500,
-        save_every=1000),
-    "128": RECIPE | dict(image_size=128),
-    "native": RECIPE | dict(image_size="native"),
-    "256": RECIPE | dict(image_size=256),
-}
-
-image_size = checked(lambda text: text if text == "native" else int(text),
-                    lambda v: v == "native" or v >= 1, "a number of pixels or native")
-ema_length = checked(float, lambda v: 0.001 <= v <= 0.28, "a number from 0.001 to 0.28")
-ema_short = checked(float, lambda v: v == 0 or 0.001 <= v <= 0.28,
-                    "0 or a number from 0.001 to 0.28")
-
-# Options: name, help, default (None: from the preset), type or choices.
-OPTIONS = {
-    "data and run": [
-        ("data", "folder of slices (default: built-in phantoms)", None, Path),
-        ("run", "run folder (default: runs/DATA-PRESET)", None, Path),
-        ("preset", "net and hyperparameters, below (default: 64 with --data, else quick)", None,
-         tuple(PRESETS)),
-        ("image-size", "side in pixels after square padding, or 'native' for the slices' own size",
-         None, image_size),
-        ("cache", "folder for decoded slices (default: ~/.cache/oasis-diffusion)", None, Path),
-        ("skip-bad", "ignore images that cannot be read or are not MR slices (default: off)",
-         False, bool),
-        ("few-levels", "accept images with few grey levels, which otherwise are rejected as "
-         "segmentation maps (default: off)", False, bool),
-        ("augment", "probability of each of flip, rotation, scale, aspect and shift, on which the "
-         "network is conditioned (0: off)", None, fraction),
-        ("condition", "conditions besides the timestep: height in the head, class (from "
-         "cases.csv), or none; ignored where the data lack it", None, ("height", "class", "none")),
-        ("label-dropout", "probability of dropping each condition", 0.1, fraction),
-        ("init", "run folder or file with EMA weights to start from, for fine-tuning (default: "
-         "random weights)", None, str),
-        ("seed", "seed of initial weights, order, timesteps and noise", 0, seed_number),
-    ],
-    "optimisation": [
-        ("steps", "total number of optimiser steps", None, positive_int),
-        ("batch-size", "slices per step, over all processes", None, positive_int),
-        ("accumulate", "micro-batches per step on each process; more need less memory", 1,
-         positive_int),
-        ("learning-rate", "AdamW's peak learning rate", None, positive_float),
-        ("warmup-steps", "steps of linear warm-up", 200, natural),
-        ("lr-schedule", "after the warm-up: cosine decay to zero, or constant", "cosine",
-         ("cosine", "constant")),
-        ("weight-decay", "AdamW's weight decay", 0.0, fraction),
-        ("grad-clip", "maximum gradient norm", 1.0, positive_float),
-        ("ema-length", "length of the EMA, as a fraction of the training so far", 0.09, ema_length),
-        ("ema-short", "length of a second, shorter EMA (0: none)", None, ema_short),
-    ],
-    "diffusion and net": [
-        ("schedule", "noise schedule; cosine-shifted is shifted according to the image size", None,
-         SCHEDULES),
-        ("noise-distribution", "noise levels in training: uniform in the timestep, or log-normal "
-         "in sigma", None, ("uniform", "log-normal")),
-        ("p-mean", "mean of ln sigma at 64 pixels; cosine-shifted shifts it too", None, float),
-        ("p-std", "standard deviation of ln sigma", None, positive_float),
-        ("prediction-type", "what the network predicts", "v_prediction",
-         ("epsilon", "v_prediction", "sample")),
-        ("num-train-timesteps", "number of noise levels", 1000, positive_int),
-        ("block-out-channels", "channels of each level, multiples of 32", None, positive_int),
-        ("layers-per-block", "residual blocks per level", None, positive_int),
-        ("attention-up-to", "self-attention on feature maps up to this side", None, natural),
-        ("dropout", "dropout probability in the residual blocks of each level, finest first; the "
-         "last one holds for all coarser levels", None, fraction),
-        ("patch-size", "side in pixels of the patches folded into channels", None, positive_int),
-        ("final-channels", "channels of a final convolution at full resolution (0: none)", None,
-         natural),
-        ("refine-channels", "channels of a residual block at full resolution beside it (0: none)",
-         None, natural),
-    ],
-    "machine": [
-        ("device", "cuda, cuda:1, mps or cpu; auto is the fastest available", "auto", str),
-        ("dtype", "precision of the network; auto is bfloat16 where the hardware supports it",
-         "auto", ("auto", "float32", "bfloat16", "float16")),
-        ("compile", "torch.compile the network (default: off; needs a compiler, and takes one "
-         "to two minutes at the start)", False, bool),
-        ("log-every", "steps between lines of metrics.csv", 50, positive_int),
-        ("save-every", "steps between validation, samples and checkpoint", None, positive_int),
-        ("keep", "older checkpoints to keep besides the newest", 1, positive_int),
-        ("max-hours", "save and stop within this time (default: no limit)", None, positive_float),
-        ("tensorboard", "also write RUN/tensorboard (default: off)", False, bool),
-    ],
-}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the options; those not given get the preset's values."""
-    parser = Parser(
-        description="Trains a denoising diffusion model of brain MRI slices.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="presets (defaults of the options above that show none):\n" + "\n".join(
-            f"  {name:6s}" + ", ".join(f"{k} {v}" for k, v in preset.items())
-            for name, preset in PRESETS.items()))
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for name, text, default, kind in options:
-            if default is not None and default is not False:
-                text += f" (default: {default})"
-            more = dict(action="store_true") if kind is bool else \
-                dict(choices=kind) if isinstance(kind, tuple) else \
-                dict(type=kind, metavar=name.split("-")[-1].upper())
-            if name in ("block-out-channels", "dropout", "condition"):
-                more["nargs"] = "+"
-            group.add_argument(f"--{name}", help=text, default=default, **more)
-    args = parser.parse_args(argv)
-    args.preset = args.preset or ("64" if args.data else "quick")
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
 
 
 def make_labels(args: argparse.Namespace, train: Slices) -> LabelConfig:

@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp())
 sys.path.insert(0, str(ROOT))
 
-from dataset import AUGMENTATIONS, Slices, phantom_slices  # noqa: E402
-from modules import LabelConfig, UNetConfig, make_scheduler_config  # noqa: E402
-from train import Run, TrainConfig  # noqa: E402
+from dataset import AUGMENTATIONS, Slices
+from modules import LabelConfig
+from train import Run
 from utils.cli import run_cli  # noqa: E402
+from utils.configs import TrainConfig, UNetConfig, make_scheduler_config
+from utils.phantoms import phantom_slices
 
 LABELS = LabelConfig(height_range=(0, 7), augmentations=len(AUGMENTATIONS))
 TINY = UNetConfig(sample_size=(16, 16), block_out_channels=(32, 64), layers_per_block=1,

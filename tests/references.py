@@ -2,7 +2,7 @@
 
 from diffusers import UNet2DModel
 
-from modules import UNetConfig
+from utils.configs import UNetConfig
 
 
 def diffusers_net(config: UNetConfig) -> UNet2DModel:

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import (DataDependentOutputException,
                                            DynamicOutputShapeException, FakeTensorMode)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modules import NoiseScheduler, SamplerConfig, make_scheduler_config
+from modules import NoiseScheduler
+from utils.configs import SamplerConfig, make_scheduler_config
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
 pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: -m gpu"),

@@ -13,12 +13,12 @@ from PIL import Image
 
 import dataset
 from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, decode, draw_augmentations,
-                     draw_phantom, find_slices, load_images, load_splits, phantom_slices,
-                     subject_of)
+                     find_slices, load_images, load_splits, subject_of)
 from utils import cache as cache_module
 from utils.cli import UserError
 from utils.files import locked
 from utils.images import fit, images_in, is_label_map, read_gray
+from utils.phantoms import draw_phantom, phantom_slices
 from utils.pictures import to_uint8
 
 CPU = torch.device("cpu")

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dataset import Slices, load_splits, phantom_slices
-from modules import (Denoiser, NoiseScheduler, SamplerConfig, make_scheduler_config, sample,
-                     timestep_embedding)
+from dataset import Slices, load_splits
+from modules import Denoiser, NoiseScheduler, sample, timestep_embedding
 from tools import audit, evaluate, measures
 from tools.features import load_network
 from tools.measures import MEASURES, Sample
 from utils.checkpoint import SHIPPED
+from utils.configs import SamplerConfig, make_scheduler_config
+from utils.phantoms import phantom_slices
 from utils.pictures import to_uint8
 
 SIDE = 64

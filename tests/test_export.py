@@ -6,12 +6,12 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from safetensors import SafetensorError
 
-from modules import (Denoiser, LabelConfig, NoiseScheduler, SamplerConfig, SchedulerConfig, UNet,
-                     UNetConfig, seeded_noise)
+from modules import Denoiser, LabelConfig, NoiseScheduler, UNet, seeded_noise
 from predict import Model, Slice, generate, load_model
 from tools.export import export
 from utils.checkpoint import SHIPPED
 from utils.cli import UserError
+from utils.configs import SamplerConfig, SchedulerConfig, UNetConfig
 from utils.pictures import to_uint8
 
 CPU = torch.device("cpu")

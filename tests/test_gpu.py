@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import TINY, call
 
-from dataset import Slices, phantom_slices
-from modules import (SAMPLERS, Denoiser, NoiseScheduler, SamplerConfig, UNet,
-                     make_scheduler_config, run_net, sample)
+from dataset import Slices
+from modules import Denoiser, NoiseScheduler, UNet, run_net, sample
 from train import QUARTILES, train
 from utils.cli import UserError
+from utils.configs import SAMPLERS, SamplerConfig, make_scheduler_config
+from utils.phantoms import phantom_slices
 
 CUDA = torch.device("cuda")
 STILL = replace(TINY, dropout=0.0)  # dropout draws from each device's own generator

@@ -19,17 +19,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import predict
-from dataset import draw_phantom
-from modules import (QUALITY, Denoiser, LabelConfig, NoiseScheduler, SamplerConfig,
-                     make_scheduler_config, noise_levels, reverse_process, sample, seed_height,
-                     seeded_noise)
+from modules import (Denoiser, LabelConfig, NoiseScheduler, noise_levels, reverse_process, sample,
+                     seed_height, seeded_noise)
 from predict import Slice, generate, load_model, slice_noise
 from tools.volumes import upright
 from train import finish, train
 from utils.checkpoint import FORMAT, SHIPPED, find_model
 from utils.cli import UserError
+from utils.configs import QUALITY, SamplerConfig, make_scheduler_config
 from utils.device import choose_dtype
 from utils.manifest import Manifest
+from utils.phantoms import draw_phantom
 from utils.pictures import read_slice, save_slice, to_uint8
 
 CPU = torch.device("cpu")

@@ -13,8 +13,9 @@ from PIL import Image
 from dataset import load_splits
 from predict import load_model
 from tools.tables import BLOCK, PAGES, ROOT, TABLES, fill
-from train import Run, TrainConfig
+from train import Run
 from utils.checkpoint import SHIPPED
+from utils.configs import TrainConfig
 from utils.device import choose_dtype
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,10 +9,11 @@ import torch
 from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
                        HeunDiscreteScheduler)
 
-from modules import (SAMPLERS, SCHEDULES, SPACINGS, Denoiser, NoiseScheduler, SamplerConfig,
-                     SchedulerConfig, make_scheduler_config, noise_levels,
-                     reverse_process, seeded_noise, timestep_embedding)
+from modules import (Denoiser, NoiseScheduler, noise_levels, reverse_process, seeded_noise,
+                     timestep_embedding)
 from tools.export import scheduler_config
+from utils.configs import (SAMPLERS, SCHEDULES, SPACINGS, SamplerConfig, SchedulerConfig,
+                           make_scheduler_config)
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 CASES = [(s, p) for s in SCHEDULES for p in PREDICTIONS if (s, p) != ("zero-snr", "epsilon")]

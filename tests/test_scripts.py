@@ -14,11 +14,11 @@ from conftest import ROOT, SMALL, call, command
 from PIL import Image
 
 import train
-from train import PRESETS
 from utils import device
 from utils.checkpoint import newest_checkpoint
 from utils.cli import run_cli
 from utils.distributed import local_device
+from utils.train_options import PRESETS
 
 
 def test_train_continue_predict(data, tmp_path, rejected):

@@ -12,11 +12,13 @@ from conftest import TINY
 from safetensors import safe_open
 
 import train as train_script
-from dataset import batch_indices, draw_phantom
-from modules import HEIGHT_FREQUENCIES, LabelConfig, NoiseScheduler, make_scheduler_config
+from dataset import batch_indices
+from modules import HEIGHT_FREQUENCIES, LabelConfig, NoiseScheduler
 from train import Run, draw_timesteps, finish, learning_rate, step_seed, train
 from utils.checkpoint import read_checkpoint
 from utils.cli import UserError
+from utils.configs import make_scheduler_config
+from utils.phantoms import draw_phantom
 
 FIXED = ("step", "loss", "validation_loss", "validation_q1", "learning_rate", "gradient_norm")
 

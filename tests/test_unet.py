@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modules import EMA, LabelConfig, UNet, UNetConfig
+from modules import EMA, LabelConfig, UNet
 from references import diffusers_net
+from utils.configs import UNetConfig
 from utils.cpu_kernels import GroupNorm, attend
 
 CONFIGS = {

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from predict import (Model, Slice, add_sampling_options, generate, load_model, make_denoiser,
-                     sampler_config, sampling_settings)
+from predict import Model, Slice, generate, load_model, make_denoiser, sampling_settings
 from tools.evaluate import load_data
 from tools.measures import Sample, fluid, unit_rows
 from utils.checkpoint import SHIPPED, find_model
@@ -28,6 +27,7 @@ from utils.device import keep_freed_memory
 from utils.distributed import local_device
 from utils.files import write_json
 from utils.pictures import to_uint8
+from utils.sampling_options import add_sampling_options, sampler_config
 
 BANDS = ("lower third", "middle third", "upper third")
 

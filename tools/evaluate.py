@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dataset import Slices, load_splits, slice_number
-from modules import SAMPLERS, SPACINGS, SamplerConfig, noise_levels
-from predict import (Model, Slice, add_sampling_options, check_labels, generate, load_model,
-                     make_denoiser, option_error, sampler_config, sampling_settings)
+from modules import noise_levels
+from predict import (Model, Slice, check_labels, generate, load_model, make_denoiser,
+                     sampling_settings)
 from tools.audit import SHOWN, Nearest, in_words, judge, nearest
 from tools.evaluation_page import draw_page
 from tools.features import INSTALL, cached_features, extract, load_network
@@ -30,11 +30,13 @@ from tools.measures import (MEASURES, Measure, Sample, TooFew, bootstrap, histog
                             shuffled, spectrum_curve)
 from utils.checkpoint import SHIPPED, find_model
 from utils.cli import EVAL_SEED, Parser, UserError, positive_int, progress_bar, run_cli
+from utils.configs import SAMPLERS, SPACINGS, SamplerConfig
 from utils.device import keep_freed_memory
 from utils.distributed import local_device
 from utils.files import write_json
 from utils.images import BadSlice, images_in, in_parallel, read_gray
 from utils.pictures import to_uint8
+from utils.sampling_options import add_sampling_options, option_error, sampler_config
 
 NUM = 400  # slices that are drawn
 

@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from modules import SchedulerConfig, UNetConfig, make_betas
+from modules import make_betas
 from predict import Model, load_model
 from utils.checkpoint import SHIPPED, find_model
 from utils.cli import Parser, UserError, run_cli
+from utils.configs import SchedulerConfig, UNetConfig
 from utils.files import write_json
 
 CARD = """---

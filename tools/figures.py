@@ -20,17 +20,20 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from dataset import Slices, draw_phantom, load_splits, subject_of, phantom_slices
-from modules import QUALITY, Denoiser, UNet, UNetConfig, noise_levels
-from predict import MASK_RESAMPLE, Model, Slice, generate, load_model
+from dataset import Slices, load_splits, subject_of
+from modules import Denoiser, UNet, noise_levels
+from predict import Model, Slice, generate, load_model
 from tools.evaluation_page import draw_comparison
 from tools.tables import ROOT, write_tables
 from tools.volumes import Cutting, cut_volume, upright
 from utils.checkpoint import SHIPPED
 from utils.cli import Parser, run_cli
+from utils.configs import QUALITY, UNetConfig
 from utils.device import choose_dtype
 from utils.log import draw_losses
+from utils.phantoms import draw_phantom, phantom_slices
 from utils.pictures import STRIP_LENGTH, read_slice, save_grid, save_png, to_uint8
+from utils.sampling_options import MASK_RESAMPLE
 
 IMAGES = ROOT / "images"
 CPU = torch.device("cpu")

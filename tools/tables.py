@@ -75,11 +75,11 @@ def samplers() -> str:
     """The native model by sampler, network calls and range of seeds."""
     found = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))
     names = ("spectrum", "kid", "frechet", "two_sample", "precision", "recall", "symmetry")
-    rows = [["sampler, steps, spacing", "calls", "seeds from", "spectrum", "KID", "Frechet", "two-sample",
-             "precision", "recall", "symmetry"]]
+    rows = [["sampler, steps, spacing", "calls", "seeds from", "spectrum", "KID", "Frechet",
+             "two-sample", "precision", "recall", "symmetry"]]
     for run in found["compare"]:
-        rows.append([f"`{run['sampler']}` {run['steps']} {run['spacing']}", str(run["calls"]),
-                     str(run["first_seed"]),
+        rows.append([f"`{run['sampler']}` {run['steps']} {run['spacing']}",
+                     str(run["calls"]), str(run["first_seed"]),
                      *(number(run["measures"][name]["value"]) for name in names)])
     floors = [number(run["measures"][name]["floor"]) for name in names]
     return table([*rows, ["floor", "", "", *floors]])

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dataset import Slices, phantom_slices
-from modules import (Denoiser, NoiseScheduler, SamplerConfig, UNet, UNetConfig,
-                     make_scheduler_config, sample)
+from dataset import Slices
+from modules import Denoiser, NoiseScheduler, UNet, sample
 from references import diffusers_net
 from train import Run, make_configs, parse_args
+from utils.configs import SamplerConfig, UNetConfig, make_scheduler_config
 from utils.device import keep_freed_memory
+from utils.phantoms import phantom_slices
 
 TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

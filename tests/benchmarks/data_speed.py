@@ -20,7 +20,7 @@ import bench  # first: it puts the scripts on the path
 import numpy as np
 import torch
 from bench import ROOT, draw_bars, facts, fastest, print_table, save_json
-from dataset import Slices, batch_indices, load_images, phantom_slices
+from dataset import Slices, batch_indices, load_images
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -28,6 +28,7 @@ from torchvision.datasets import ImageFolder
 from utils.cli import run_cli
 from utils.device import keep_freed_memory
 from utils.distributed import local_device
+from utils.phantoms import phantom_slices
 
 
 def write_slices(folder: Path, count: int) -> None:

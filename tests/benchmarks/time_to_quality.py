@@ -19,12 +19,13 @@ import torch
 from bench import facts, print_table
 from contenders import Training, comparable, ddp_training, diffusers_training
 from matplotlib import pyplot as plt
-from modules import QUALITY, Denoiser, sample
+from modules import Denoiser, sample
 from tools.evaluate import Reference, assess, load_data, rounded
 from tools.features import load_network
 from tools.figures import real_slices, show
 from torch import Tensor
 from utils.cli import Parser, positive_float, positive_int, progress_bar, run_cli
+from utils.configs import QUALITY
 from utils.device import choose_dtype, keep_freed_memory
 from utils.distributed import local_device
 from utils.files import write_json

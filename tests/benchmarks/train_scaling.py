@@ -20,11 +20,13 @@ import bench  # first: it puts the scripts on the path
 import torch
 from bench import ROOT, Contender, draw_bars, facts, fastest, print_table, save_json, take_turns
 from contenders import comparable, our_configs, ours
-from dataset import Slices, phantom_slices
-from train import PRESETS, Run
+from dataset import Slices
+from train import Run
 from utils.cli import run_cli
 from utils.distributed import local_device
 from utils.log import Log, draw_losses
+from utils.phantoms import phantom_slices
+from utils.train_options import PRESETS
 
 
 def against_batch(size: int, batches: list[int], device: torch.device, repeats: int) -> list[dict]:
