@@ -42,7 +42,7 @@ from utils.phantoms import phantom_slices
 
 SPLITS = ("train", "validate", "test")
 RATIOS = (0.85, 0.10, 0.05)  # near the 9,664 / 1,120 / 544 slices of the report's set
-SUBJECT = re.compile(r"(case_\d+|OAS\d+_\d+|OAS3\d{4}|sub-[A-Za-z0-9]+|phantom_\d+)")
+SUBJECT = re.compile(r"(case_\d+|OAS3\d{4}|OAS\d+_\d+|sub-[A-Za-z0-9]+|phantom_\d+)")
 CACHE_VERSION = 3  # increase it when the same files decode to other pixels or are rejected
 
 # ---------------------------------------------------------------------------------------------
@@ -57,8 +57,9 @@ def subject_of(path: Path) -> str | None:
 
 
 def slice_number(name: str) -> int:
-    """The last number of a file's name, as 7 of case_001_slice_7.nii.png; 0 if there is none."""
-    return int((re.findall(r"\d+", name) or [0])[-1])
+    """The last number (its last nine digits) of a file's name, as 7 of case_001_slice_7.nii.png; 0
+    if there is none."""
+    return int((re.findall(r"\d+", name) or ["0"])[-1][-9:])
 
 
 def read_cases(root: Path) -> list[dict[str, str]]:
@@ -75,7 +76,7 @@ def read_cases(root: Path) -> list[dict[str, str]]:
 def subject_finder(root: Path) -> Callable[[Path], str | None]:
     """`subject_of`, except for cases whose subject ROOT/cases.csv states (one may have several)."""
     of_case = {f"case_{int(row['case']):03d}": row["person"] for row in read_cases(root)
-               if row.get("person") and str(row.get("case")).isdigit()}
+               if row.get("person") and str(row.get("case")).isdecimal()}
     return lambda path: of_case.get(subject_of(path), subject_of(path))
 
 
@@ -87,7 +88,7 @@ def class_finder(root: Path) -> Callable[[Path], str]:
         stated = row.get("class") or row.get("diagnosis") or \
             (row.get("cdr") and f"CDR {row['cdr']}")
         rating = re.search(r"CDR \d+(\.\d+)?", stated or "")
-        if str(row.get("case")).isdigit():
+        if str(row.get("case")).isdecimal():
             of_case[f"case_{int(row['case']):03d}"] = rating[0] if rating else stated or ""
     return lambda path: of_case.get(subject_of(path), "")
 

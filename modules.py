@@ -171,7 +171,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         widths, depth, patch = config.block_out_channels, config.layers_per_block, config.patch_size
-        temb_dim, last = 4 * widths[0], len(widths) - 1
+        temb_dim = 4 * widths[0]
         attention = [side in config.attention_resolutions for side in config.resolutions]
 
         self.conv_in = Float32Conv2d(config.in_channels * patch**2, widths[0], 3, padding=1)
@@ -184,10 +184,11 @@ class UNet(nn.Module):
         skips, current = [widths[0]], widths[0]  # channels of the skip connections, of x
         for level, width in enumerate(widths):
             channels = [(current, width)] + [(width, width)] * (depth - 1)
+            down = level < len(widths) - 1
             self.down_blocks.append(
                 Level(channels, attention[level], temb_dim, config, config.level_dropout(level),
-                      down=level < last))
-            skips += [width] * (depth + (level < last))
+                      down=down))
+            skips += [width] * (depth + down)
             current = width
         self.mid_block = MidBlock(current, temb_dim, config)
         for level, width in reversed(list(enumerate(widths))):
@@ -200,8 +201,8 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0])
         full = config.final_channels or config.out_channels
-        last = nn.Conv2d if config.final_channels else Float32Conv2d
-        self.conv_out = last(widths[0], full * patch**2, 3, padding=1)
+        conv_out = nn.Conv2d if config.final_channels else Float32Conv2d
+        self.conv_out = conv_out(widths[0], full * patch**2, 3, padding=1)
         if config.final_channels:
             self.conv_final = Float32Conv2d(full + config.in_channels, config.out_channels, 3,
                                             padding=1)
@@ -335,6 +336,11 @@ class LabelConfig:
                          if augmentations is None else augmentations)
         return torch.cat(parts, dim=1) if parts else None
 
+    def heights_of(self, numbers: np.ndarray) -> Tensor:
+        """Slice numbers, (N,), as heights, 0 to 1 within `height_range`."""
+        low, high = self.height_range or (0.0, 1.0)
+        return torch.from_numpy((numbers - low) / (high - low))
+
     def for_seeds(self, seeds: list[int]) -> Tensor | None:
         """Label vectors, float32 (len(seeds), dim) on the CPU: each seed's height, and no class."""
         heights = torch.tensor([self.height(seed) or 0.0 for seed in seeds])
@@ -418,7 +424,7 @@ class NoiseScheduler:
         """The noise level whose noise over signal is `sigma`, or the table's end nearest to it."""
         return self.level(float(np.interp(math.atan(sigma), self._angles, self._timesteps)))
 
-    def _signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def _tables_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha-bar) and sqrt(1 - alpha-bar) at (B,) timesteps, as float32 (B, 1, 1, 1)."""
         device = timesteps.device
         if device not in self._tables:
@@ -432,8 +438,8 @@ class NoiseScheduler:
 
         Returns x_t as float32, whatever the type of the images.
         """
-        signal, sigma = self._signal_and_noise(timesteps)
-        return signal * original_samples.float() + sigma * noise.float()
+        root_alpha_bar, root_rest = self._tables_at(timesteps)
+        return root_alpha_bar * original_samples.float() + root_rest * noise.float()
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor
                         ) -> Tensor:
@@ -442,15 +448,16 @@ class NoiseScheduler:
             return noise.float()
         if self.config.prediction_type == "sample":
             return original_samples.float()
-        signal, sigma = self._signal_and_noise(timesteps)
-        return signal * noise.float() - sigma * original_samples.float()
+        root_alpha_bar, root_rest = self._tables_at(timesteps)
+        return root_alpha_bar * noise.float() - root_rest * original_samples.float()
 
     def timestep_cdf(self, p_mean: float | None = None, p_std: float = 1.2) -> Tensor:
         """Cumulative distribution of the training timesteps, float64 (T,), ending at 1.
 
         Uniform for p_mean None; else the one under which ln sigma, with sigma =
         sqrt((1 - alpha-bar) / alpha-bar), is normal with mean p_mean and standard deviation p_std
-        (Karras et al. 2022, table 1); the tails beyond the table go to its first and last timestep.
+        (Karras et al. 2022, table 1); the tails beyond the table go to its first and its last
+        timestep with signal.
         """
         total = self.config.num_train_timesteps
         if p_mean is None:
@@ -470,7 +477,8 @@ def noise_levels(scheduler: NoiseScheduler, config: SamplerConfig, strength: flo
 
     strength: above 0 to 1; below 1, start at this fraction of the first level's timestep and leave
         out the levels above it (Meng et al. 2022, section 3).
-    Raises ValueError for more trailing steps than T, or an empty range of sigma.
+    Raises ValueError for more trailing steps than T, or a range of sigma that is empty or too small
+    for the steps.
     """
     if strength < 1:
         levels = noise_levels(scheduler, config)
@@ -496,7 +504,10 @@ def noise_levels(scheduler: NoiseScheduler, config: SamplerConfig, strength: flo
         sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     else:
         sigmas = high * (low / high) ** ramp
-    return [*map(scheduler.level_of_sigma, sigmas), scheduler.level(-1)]
+    levels = [*map(scheduler.level_of_sigma, sigmas), scheduler.level(-1)]
+    if any(now.half_log_snr >= then.half_log_snr for now, then in pairwise(levels[:-1])):
+        raise ValueError(f"sigma_min: is too close to sigma_max for {steps} steps")
+    return levels
 
 
 def run_net(net: Callable, sample: Tensor, timesteps: Tensor, dtype: torch.dtype,

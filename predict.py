@@ -56,6 +56,11 @@ class Model:
     step: int
     labels: LabelConfig
 
+    @property
+    def pixel_mm(self) -> float:
+        """Side of a pixel in mm, if the slices cover the field of OASIS-1's T88 volumes."""
+        return FIELD_MM / max(self.net.config.sample_size)
+
 
 def load_model(path: Path, device: torch.device) -> Model:
     """Rebuilds the net of a file from the configs in it, with the EMA weights.
@@ -181,15 +186,17 @@ def generate(model: Model, slices: Iterable[Slice | int],
     """Samples slices: yields batches of images, (B, C, H, W) in [-1, 1], with their `Slice`s.
 
     slices: what to sample; a plain number is a seed, with its own height if the model has heights.
-    denoise: the model with guidance, for example; None for the model alone.
+    denoise: the model with guidance, for example, for one `generate` at a time; None for the model
+        alone.
     batch_size: a short last batch is filled up to it, since the last bits of an image depend on it:
         images of a seed are bit-equal at one batch size, and equal up to rounding at others.
     init: (C, H, W) in [-1, 1], noised to `strength`, above 0 to 1, and denoised again (SDEdit, Meng
         et al. 2022); 1 starts from noise.
     mask: boolean (C, H, W), True where to fill in; elsewhere `init` is kept (RePaint, Lugmayr et
-        al. 2022). With `resample` above 1 in config, the region fits better. Raises ValueError
-        without `init`.
+        al. 2022). With `resample` above 1 in config, the region fits better.
     watch: is called with each x_t and its predicted x_0 (B, C, H, W).
+
+    Raises ValueError for a class that the model does not know, or a mask without `init`.
     """
     net, labels = model.net, model.labels
     device = next(net.parameters()).device
@@ -198,7 +205,9 @@ def generate(model: Model, slices: Iterable[Slice | int],
     if mask is not None and init is None:
         raise ValueError("mask: needs init, the image to fill in")
     denoise.known = None if mask is None else (init.to(device), mask.to(device))
-    slices = [s if isinstance(s, Slice) else Slice(s, labels.height(s)) for s in slices]
+    slices = [s if isinstance(s, Slice) else Slice(int(s), labels.height(int(s))) for s in slices]
+    for name in {s.class_ for s in slices} - {None, *labels.classes}:
+        raise ValueError(f"class_: {name!r} is not one of the model's {list(labels.classes)}")
 
     def encode(batch: list[Slice]) -> Tensor | None:
         heights = [math.nan if s.height is None else s.height for s in batch]
@@ -233,6 +242,9 @@ def requested(args: argparse.Namespace, model: Model) -> dict[str, Slice]:
                         "--position, --seeds and --interpolate")
     if args.interpolate and (args.seeds or args.seed):
         raise UserError("--interpolate names its seeds; leave out --seed and --seeds")
+    if (stack or args.interpolate) and (args.num or 0) > 10_001:
+        raise UserError(f"--num {args.num}: at most 10001 heights or frames, since names have four "
+                        "digits of them")
     if stack:
         low, high = span
         heights = np.linspace(0, 1, args.num or round(high - low) + 1).tolist()
@@ -286,7 +298,7 @@ def sampling_settings(args: argparse.Namespace, model: Model, config: SamplerCon
                       denoise: Denoiser) -> dict:
     """What makes the slices of a model, besides their seed and height."""
     guide = args.guide and sha256(find_model(args.guide, "--guide"))[:16]
-    return {"class": args.class_, "weights_sha256": sha256(model.path)[:16], "step": model.step,
+    return {"class": args.class_, "weights_sha256": sha256(model.path), "step": model.step,
             **asdict(config), "clip": denoise.clip, "guidance": denoise.guidance,
             "guidance_interval": args.guidance_interval, "guide_sha256": guide,
             "epsilon_scale": args.epsilon_scale, "dtype": str(denoise.dtype).split(".")[1]}
@@ -311,7 +323,7 @@ def write_slices(model: Model, args: argparse.Namespace, config: SamplerConfig, 
                  first: str) -> None:
     """Samples slices and writes each batch's files, and the reverse process of `first`."""
     states: list[tuple[Tensor, Tensor]] = []
-    names, pixel_mm = list(slices), FIELD_MM / max(model.net.config.sample_size)
+    names = list(slices)
     levels = noise_levels(model.scheduler, config, start.get("strength", 1.0))
     with progress_bar(-(-len(slices) // batch_size) * len(levels), "sampling", "state") as bar:
         def watch(x: Tensor, clean: Tensor) -> None:
@@ -330,7 +342,7 @@ def write_slices(model: Model, args: argparse.Namespace, config: SamplerConfig, 
             rows = []
             for name, slice_, image in zip(names[done:], batch, images):
                 for suffix in args.format:
-                    save_slice(image[0], args.out / f"{name}.{suffix}", pixel_mm)
+                    save_slice(image[0], args.out / f"{name}.{suffix}", model.pixel_mm)
                     rows.append({"file": f"{name}.{suffix}", **row_of(slice_),
                                  "network_calls": denoise.calls - calls, "batch_size": batch_size,
                                  "torch": torch.__version__})
@@ -357,11 +369,11 @@ def overviews(args: argparse.Namespace, model: Model, slices: dict[str, Slice]) 
     animation = "scan.gif" if args.stack else "interpolation.gif" if args.interpolate else None
     spacing = None
     if args.stack:
-        pixel_mm = FIELD_MM / max(model.net.config.sample_size)
         low, high = model.labels.height_range
-        spacing = (pixel_mm, pixel_mm,
+        spacing = (model.pixel_mm, model.pixel_mm,
                    (high - low) * args.slice_step / max(len(slices) - 1, 1))
-    return [*save_overviews(files, args.out, animation, spacing), "reverse.png"]
+    reverse = ["reverse.png"] if (args.out / "reverse.png").exists() else []
+    return save_overviews(files, args.out, animation, spacing) + reverse
 
 
 def predict(args: argparse.Namespace) -> None:

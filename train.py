@@ -237,10 +237,9 @@ class Run:
     def heights_and_classes(self, split: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Heights in the head, (B,), and class indices, (B,), -1 for none, on the CPU."""
         data, names = self.data[split], list(self.labels.classes)
-        low, high = self.labels.height_range or (0.0, 1.0)
-        heights = torch.from_numpy((data.numbers[indices] - low) / (high - low))
-        return heights, torch.tensor([names.index(c) if c in names else -1
-                                      for c in (data.classes[i] for i in indices)])
+        classes = [data.classes[i] for i in indices]
+        return self.labels.heights_of(data.numbers[indices]), torch.tensor(
+            [names.index(name) if name in names else -1 for name in classes])
 
     def backward(self) -> Tensor:
         """Computes the gradient of the next step's batch; returns its loss over all ranks."""
@@ -587,8 +586,9 @@ def carry_out(args: argparse.Namespace) -> None:
     """Starts or continues the run of the options, and finishes it."""
     run = on_all_ranks(lambda: prepare(args))
     folder = run.folder
+    height, width = run.net.config.sample_size
     print(f"{folder}: step {run.step} of {run.config.steps}, {len(run.data['train'])} slices "
-          f"of {'x'.join(map(str, run.net.config.sample_size))}, "
+          f"of {width}x{height}, "
           f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.1f} M parameters, "
           f"{run.config.dtype} on {run.device}"
           + (f" and {world_size() - 1} more" if world_size() > 1 else ""), flush=True)

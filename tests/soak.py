@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import dataset  # noqa: E402
 import train  # noqa: E402
 from utils import checkpoint, cli, files, pictures  # noqa: E402
+from utils.phantoms import draw_phantom  # noqa: E402
 
 MEASURED = ("images_per_second", "memory_gib")  # differ from run to run
 
@@ -37,7 +37,7 @@ def make_data(root: Path) -> Path:
     for split, subjects in (("train", (1, 2, 3)), ("validate", (4,))):
         for subject in subjects:
             for height in range(4):
-                pixels = dataset.draw_phantom(16, subject, height / 4)
+                pixels = draw_phantom(16, subject, height / 4)
                 path = root / split / f"case_{subject:03d}_slice_{height}.png"
                 pictures.save_png(torch.from_numpy(pixels), path)
     return root

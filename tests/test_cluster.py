@@ -198,6 +198,9 @@ def test_what_several_processes_reject(make_run, rejected, data, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     rejected("train.py", [], "WORLD_SIZE is 2", "RANK", "torchrun")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    distributed.join_processes()  # alone
+    assert distributed.world_size() == 1
 
 
 @pytest.mark.long

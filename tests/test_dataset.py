@@ -162,9 +162,21 @@ def test_shares_that_round_up_leave_somebody_to_train_on():
 
 @pytest.mark.parametrize("name, subject", [
     ("case_001_slice_0.nii.png", "case_001"), ("OAS1_0061_MR2_90.png", "OAS1_0061"),
-    ("sub-07_T1w_80.tif", "sub-07"), ("brain7.png", None)])
+    ("OAS30001_12_slice_3.png", "OAS30001"), ("sub-07_T1w_80.tif", "sub-07"), ("brain7.png", None)])
 def test_subject_of(tmp_path, name, subject):
     assert subject_of(tmp_path / name) == subject
+
+
+def test_numbers_of_any_length_are_slice_numbers():
+    assert dataset.slice_number("case_001_slice_7.nii.png") == 7
+    assert dataset.slice_number("7" * 400 + ".png") == 777_777_777
+    Slices(np.zeros((1, 4, 4), np.uint8), ["7" * 400 + ".png"])
+
+
+def test_a_case_that_is_no_decimal_number_has_no_class(tmp_path):
+    (tmp_path / "cases.csv").write_text("case,cdr\n²,1\n3,0.5\n", encoding="utf-8")
+    find = dataset.class_finder(tmp_path)
+    assert find(Path("case_003_slice_0.png")) == "CDR 0.5" and find(Path("case_002_a.png")) == ""
 
 
 def test_names_without_a_subject(tmp_path, capsys):
@@ -482,6 +494,9 @@ def test_the_least_recently_used_sets_leave_the_cache(data, tmp_path, monkeypatc
     for size in (16, 17, 18):
         load_images(files, size, folder)
     (folder / "notes.npy").write_bytes(bytes(10_000))  # not ours
+    features = folder / ("ab" * 12 + ".features.npy")
+    features.write_bytes(bytes(10))
+    os.utime(features, (1e8, 1e8))
     kept = {size: dataset.cache_file(files, size, folder) for size in (16, 17, 18)}
     for age, size in enumerate((16, 18, 17)):
         os.utime(kept[size], (1e9 - age, 1e9 - age))
@@ -489,6 +504,7 @@ def test_the_least_recently_used_sets_leave_the_cache(data, tmp_path, monkeypatc
     monkeypatch.setattr(cache_module, "CACHE_LIMIT", 2 * kept[18].stat().st_size)
     cache_module.prune_cache(folder)
     assert {size: path.exists() for size, path in kept.items()} == {16: True, 17: True, 18: False}
+    assert not features.exists()
     cache_module.prune_cache(folder, 0)
     assert kept[17].exists() and (folder / "notes.npy").exists()
 

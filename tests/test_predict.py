@@ -286,7 +286,7 @@ def test_seeds_are_listed_and_batches_no_larger_than_the_slices(tiny):
         assert film.size == (32, 16) and film.n_frames == 4  # x_t and x_0, 3 steps and the image
 
 
-def test_a_second_call_draws_only_what_is_missing_or_damaged(tiny):
+def test_a_second_call_draws_only_what_is_missing_or_damaged(tiny, capsys):
     out = tiny("--num", 4)
     before = {path.name: path.read_bytes() for path in out.glob("slice_*")}
     (out / "slice_000001.png").unlink()
@@ -300,7 +300,9 @@ def test_a_second_call_draws_only_what_is_missing_or_damaged(tiny):
     assert drawn == ["slice_000002.png"] and len(rows_of(out)) == 4
     tiny("--num", 5)  # more of the same
     assert len(rows_of(out)) == 5
+    (out / "reverse.png").unlink()
     tiny("--num", 5)
+    assert "reverse.png" not in capsys.readouterr().out.splitlines()[-1]
     assert json.loads((out / "samples.json").read_text())["network_calls"] == 3
 
 
@@ -454,6 +456,10 @@ def test_a_mask_does_not_stay_with_the_denoiser(make_run):
     assert torch.equal(list(generate(model, [0], denoise=denoise, batch_size=1))[0][0], plain[0][0])
     with pytest.raises(ValueError, match="init"):
         next(generate(model, [0], mask=mask))
+    with pytest.raises(ValueError, match="class_: 'CDR 9' is not one of"):
+        next(generate(model, [Slice(0, class_="CDR 9")]))
+    seeds = np.arange(2)
+    assert [s.seed for _, part in generate(model, seeds, few) for s in part] == [0, 1]
 
 
 def test_a_filled_region_follows_what_is_around_it():
@@ -536,6 +542,9 @@ def test_wrong_use_is_one_line(tiny, picture, tmp_path, rejected, make_run):
     attempt(["--init", path, "--mask", tmp_path / "black.png"], "black.png", "nothing to fill")
     attempt(["--init", path, "--mask", tmp_path / "narrow.png"], "narrow.png", "12x16", "16x16")
     attempt(["--seeds", "1-0"], "--seeds", "'1-0'")
+    attempt(["--seeds", "0-2147483647"], "--seeds", "more than 1,000,000")
+    attempt(["--stack", "--num", "10002"], "--num 10002", "10001")
+    attempt(["--interpolate", "1", "2", "--num", "10002"], "--num 10002", "10001")
     attempt(["--seeds", "3"], "--seeds", "--num")
     attempt(["--stack", "--position", "0.5"], "--stack", "--position")
     attempt(["--stack", "--interpolate", "1", "2"], "--stack", "--interpolate")
@@ -548,3 +557,4 @@ def test_wrong_use_is_one_line(tiny, picture, tmp_path, rejected, make_run):
         rejected("predict.py", ["--checkpoint", plain.folder, *args], *words)
     rejected("predict.py", ["--model", "native", "--init", path], "picture.png", "16x16", "176x208")
     rejected("tools.evaluate", ["--data", tmp_path, "--position", "all"], "--position all")
+    rejected("tools.conditions", ["--class", "CDR 1"], "--position and --class")

@@ -194,7 +194,7 @@ def test_nifti_of_any_orientation(tmp_path, run, codes):
         path.parent.mkdir(parents=True)
         (stored if subject == "01" else las).to_filename(path)
     (tmp_path / "b" / "participants.tsv").write_text(
-        "participant_id\tage\tsex\nsub-01\t33\tM\nsub-02\tn/a\tF\n")
+        "participant_id\tage\tsex\nsub-01\t33\tM\nsub-02\tn/a\tF\n", encoding="utf-8-sig")
     bold = tmp_path / "b" / "sub-01" / "func" / "sub-01_bold.nii.gz"
     bold.parent.mkdir()
     nib.Nifti1Image(np.zeros((4, 4, 4, 4), np.int16), np.eye(4)).to_filename(bold)

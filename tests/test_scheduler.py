@@ -187,6 +187,7 @@ def test_noise_levels_stay_within_what_was_trained(schedule):
 @pytest.mark.parametrize("values, words", [
     (dict(steps=1001, spacing="trailing"), "steps: 1001"),
     (dict(sigma_min=0.0, sigma_max=0.001), "sigma_min"),
+    (dict(sigma_min=499.9999999999, steps=1000), "sigma_min: is too close to sigma_max for 1000"),
 ])
 def test_impossible_noise_levels(values, words):
     with pytest.raises(ValueError, match=words):
@@ -511,8 +512,9 @@ def test_low_precision_images_still_get_noise_at_every_timestep(dtype):
 @pytest.mark.parametrize("values, words", [
     (dict(beta_schedule="cosine"), "beta_schedule"),
     (dict(prediction_type="noise"), "prediction_type"),
-    (dict(num_train_timesteps=0), "num_train_timesteps"),
-    (dict(num_train_timesteps=2, rescale_betas_zero_snr=True), "num_train_timesteps .* least 3"),
+    (dict(num_train_timesteps=0), "num_train_timesteps: must be at least 2, not 0"),
+    (dict(beta_start=0.5), "beta_start, beta_end: 0.5 and 0.02"),
+    (dict(num_train_timesteps=2, rescale_betas_zero_snr=True), "num_train_timesteps: .* least 3"),
     (dict(rescale_betas_zero_snr=True, prediction_type="epsilon"), "prediction_type: epsilon"),
 ])
 def test_bad_configs_name_the_field(values, words):

@@ -66,17 +66,15 @@ def best_match(candidates: Tensor, forms: Iterable[Tensor]) -> tuple[Tensor, Ten
     return best, where
 
 
-def nearest(train: Sample, sample: Sample, mirrored: Tensor, heights: Tensor | None = None
-            ) -> Nearest:
+def nearest(train: Sample, sample: Sample, mirrored: Tensor) -> Nearest:
     """Finds the nearest train slice of each slice of a sample.
 
-    mirrored: features of the mirrored slices, (N, D). heights: where they are known, from 0 to 1;
-    otherwise a slice has the height of the train slice that is nearest at `COARSE` pixels.
+    mirrored: features of the mirrored slices, (N, D). A slice has the height of the train slice
+    that is nearest at `COARSE` pixels.
     All correlations are Pearson's over the whole slice, so that brightness and contrast do not
     count; in features, of the differences from train's mean.
     """
-    if heights is None:
-        heights = estimated_heights(train, sample)
+    heights = estimated_heights(train, sample)
     found = Nearest(torch.zeros(len(sample), dtype=torch.long), heights,
                     torch.full((len(sample),), -1.0), torch.zeros(len(sample)))
     mean = train.features.mean(0)
@@ -151,14 +149,14 @@ def judge(scores: Tensor, null: Tensor, groups: Tensor) -> Verdict:
                    *others.quantile(ends).tolist(), copies)
 
 
-def halvings(null: Tensor, groups: Tensor, count: int = HALVINGS) -> list[float]:
+def halvings(null: Tensor, groups: Tensor) -> list[float]:
     """Shares of one half of the subjects above the other half's 99th percentile.
 
     The audit's result for slices that are not copied, with the uncertainty of a threshold that
     rests on a few subjects.
     """
     subjects, shares = groups.unique(), []
-    for seed in range(count):
+    for seed in range(HALVINGS):
         first = torch.isin(groups, subjects[shuffled(len(subjects), seed)[:len(subjects) // 2]])
         threshold = null[first].double().quantile(QUANTILE)
         shares.append((null[~first] > threshold).double().mean().item())

@@ -70,8 +70,7 @@ def measure(model: Model, args: argparse.Namespace) -> dict:
     if not labels.height_range or not labels.classes:
         raise UserError(f"{model.path}: was trained without heights or classes; give another model")
     train = load_data(args.data, tuple(model.net.config.sample_size), str(model.path))["train"]
-    low, high = labels.height_range
-    real_heights = torch.from_numpy((train.numbers - low) / (high - low)).float()
+    real_heights = labels.heights_of(train.numbers)
     heights = np.linspace(0, 1, args.num).tolist()
     asked = torch.tensor(heights)
     real_fluid = fluid(sample_of(train.images.cpu()))

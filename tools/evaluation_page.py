@@ -132,14 +132,13 @@ def number(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"
 
 
-def draw_place(axes, line: int, row: dict, colour: str, start: float = 0.42, width: float = 0.17
-               ) -> None:
+def draw_place(axes, line: int, row: dict, colour: str) -> None:
     """The floor's interval as a bar and the value with its interval as a dot, each row scaled."""
     points = [*row["interval"], *row["value_interval"], row["value"], row["floor"]]
-    low, scale = min(points), width / max(max(points) - min(points), 1e-12)
+    low, scale = min(points), 0.17 / max(max(points) - min(points), 1e-12)
 
     def place(value):
-        return start + (value - low) * scale
+        return 0.42 + (value - low) * scale
     axes.plot([place(end) for end in row["interval"]], [line, line], color=REAL, lw=7,
               solid_capstyle="butt", alpha=0.6)
     axes.plot(place(row["floor"]), line, "|", color=REAL, ms=8, mew=1.5)

@@ -117,7 +117,8 @@ def participants(root: Path) -> dict[str, dict[str, str]]:
     path = root / "participants.tsv"
     if not path.is_file():
         return {}
-    rows = csv.DictReader(io.StringIO(path.read_text(errors="replace")), delimiter="\t")
+    text = path.read_text("utf-8-sig", errors="replace")
+    rows = csv.DictReader(io.StringIO(text), delimiter="\t")
     return {row["participant_id"]: {key: row[key] for key in ("age", "sex", "cdr")
                                     if row.get(key) not in (None, "", "n/a")}
             for row in rows if row.get("participant_id")}

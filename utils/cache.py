@@ -24,13 +24,13 @@ def cache_folder() -> Path:
 
 
 def prune_cache(folder: Path, limit: int | None = None) -> None:
-    """Removes the least recently used sets of decoded slices while all take more than `limit`
-    bytes; never the newest one."""
+    """Removes the least recently used sets of decoded slices, and of their features, while all take
+    more than `limit` bytes; never the newest one."""
     limit = CACHE_LIMIT if limit is None else limit
     with contextlib.suppress(OSError):
         sets = sorted(((path.stat().st_mtime_ns, path.stat().st_size, path)
                        for path in folder.glob("*.npy")
-                       if re.fullmatch("[0-9a-f]{24}", path.stem)), reverse=True)
+                       if re.fullmatch(r"[0-9a-f]{24}(\.features)?", path.stem)), reverse=True)
         total = 0
         for index, (_, size, path) in enumerate(sets):
             total += size

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from utils.device import out_of_memory
 
 EVAL_SEED = 2**31  # far from the seeds of slices
+MOST_SEEDS = 1_000_000
 
 
 class UserError(Exception):
@@ -40,6 +41,7 @@ def checked(parse: Callable, fits: Callable, wanted: str) -> Callable:
 natural = checked(int, lambda n: n >= 0, "a whole number from 0 on")
 positive_int = checked(int, lambda n: n >= 1, "a whole number from 1 on")
 seed_number = checked(int, lambda v: 0 <= v < EVAL_SEED, "a whole number from 0 to 2^31 - 1")
+finite_float = checked(float, math.isfinite, "a finite number")
 positive_float = checked(float, lambda v: 0 < v < math.inf, "a number above 0")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
@@ -56,6 +58,8 @@ def seed_list(text: str) -> list[int]:
         except argparse.ArgumentTypeError:
             raise argparse.ArgumentTypeError(f"{part!r} is no seed or range of seeds such as 0-63, "
                                              "from 0 to 2^31 - 1") from None
+        if high - low >= MOST_SEEDS:
+            raise argparse.ArgumentTypeError(f"{part!r} is more than {MOST_SEEDS:,} seeds")
         seeds.update(dict.fromkeys(range(low, high + 1)))
     return list(seeds)
 

@@ -131,8 +131,11 @@ class SchedulerConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {list(allowed)}")
         least = 3 if self.rescale_betas_zero_snr else 2  # two finite levels to sample between
-        if self.num_train_timesteps < least or not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"num_train_timesteps must be at least {least} and "
+        if self.num_train_timesteps < least:
+            raise ValueError(f"num_train_timesteps: must be at least {least}, not "
+                             f"{self.num_train_timesteps}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"beta_start, beta_end: {self.beta_start} and {self.beta_end} are not "
                              "0 < beta_start <= beta_end < 1")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError("prediction_type: epsilon does not determine the image at zero "
@@ -160,7 +163,8 @@ def make_scheduler_config(schedule: str, num_train_timesteps: int = 1000,
         beta_start=min(1e-4 * scale, 0.999),
         beta_end=min(0.02 * scale, 0.999),
         beta_schedule="squaredcos_cap_v2" if schedule.startswith("cosine") else "linear",
-        log_snr_shift=math.log(64**2 / math.prod(sample_size)) * (schedule == "cosine-shifted"),
+        log_snr_shift=(math.log(64**2 / math.prod(sample_size)) if schedule == "cosine-shifted"
+                       else 0.0),
         rescale_betas_zero_snr=schedule == "zero-snr",
         prediction_type=prediction_type,
         clip_sample=prediction_type == "epsilon",

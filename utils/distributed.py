@@ -34,7 +34,7 @@ def join_processes() -> None:
     GPUs communicate through NCCL, CPUs through gloo. Only rank 0 prints. Raises UserError if the
     environment does not say where the other processes are.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
         return
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",

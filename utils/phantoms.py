@@ -54,12 +54,12 @@ def draw_phantom(image_size: int, subject: int, position: float, seed: int = 0) 
     return (255 * image).round().astype(np.uint8)
 
 
-def phantom_slices(image_size: int, first_subject: int, subjects: int, per_subject: int = 8,
-                   seed: int = 0) -> tuple[np.ndarray, list[str]]:
+def phantom_slices(image_size: int, first_subject: int, subjects: int, per_subject: int = 8
+                   ) -> tuple[np.ndarray, list[str]]:
     """Phantoms of `subjects` anatomies, evenly spaced heights each: uint8 (N, S, S) and names."""
     places = [(subject, slice_) for subject in range(first_subject, first_subject + subjects)
               for slice_ in range(per_subject)]
     images = list(in_parallel(
-        lambda p: draw_phantom(image_size, p[0], (p[1] + 0.5) / per_subject, seed), places,
+        lambda p: draw_phantom(image_size, p[0], (p[1] + 0.5) / per_subject), places,
         "drawing phantoms"))
     return np.stack(images), [f"phantom_{p:03d}_slice_{s}" for p, s in places]

@@ -32,10 +32,10 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     save_png(make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=0)[0], path)
 
 
-def save_gif(frames: Tensor, path: Path, milliseconds: int = 80) -> None:
+def save_gif(frames: Tensor, path: Path) -> None:
     """Writes uint8 (N, H, W) frames as an endless animation that rests on the last one."""
     first, *others = [Image.fromarray(frame) for frame in frames.numpy()]
-    durations = [milliseconds] * len(others) + [1500]
+    durations = [80] * len(others) + [1500]  # milliseconds
     write_atomic(path, lambda file: first.save(
         file, "GIF", save_all=True, append_images=others, duration=durations, loop=0))
 

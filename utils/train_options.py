@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from utils.cli import Parser, checked, fraction, natural, positive_float, positive_int, seed_number
+from utils.cli import (Parser, UserError, checked, finite_float, fraction, natural, positive_float,
+                       positive_int, seed_number)
 from utils.configs import SCHEDULES
 
 # Sources of the values: README, "Training", and docs/experiments.md. Patches of 2x2 pixels let the
@@ -30,6 +31,7 @@ PRESETS = {
 
 image_size = checked(lambda text: text if text == "native" else int(text),
                     lambda v: v == "native" or v >= 1, "a number of pixels or native")
+timestep_count = checked(int, lambda n: n >= 4, "a whole number from 4 on")  # one a quartile
 ema_length = checked(float, lambda v: 0.001 <= v <= 0.28, "a number from 0.001 to 0.28")
 ema_short = checked(float, lambda v: v == 0 or 0.001 <= v <= 0.28,
                     "0 or a number from 0.001 to 0.28")
@@ -62,9 +64,10 @@ OPTIONS = {
         ("batch-size", "slices per step, over all processes", None, positive_int),
         ("accumulate", "micro-batches per step on each process; more need less memory", 1,
          positive_int),
-        ("learning-rate", "AdamW's peak learning rate", None, positive_float),
+        ("learning-rate", "AdamW's learning rate, which warm-up and decay multiply", None,
+         positive_float),
         ("warmup-steps", "steps of linear warm-up", 200, natural),
-        ("lr-schedule", "after the warm-up: cosine decay to zero, or constant", "cosine",
+        ("lr-schedule", "cosine decay to zero, from the first step on, or constant", "cosine",
          ("cosine", "constant")),
         ("weight-decay", "AdamW's weight decay", 0.0, fraction),
         ("grad-clip", "maximum gradient norm", 1.0, positive_float),
@@ -76,11 +79,12 @@ OPTIONS = {
          SCHEDULES),
         ("noise-distribution", "noise levels in training: uniform in the timestep, or log-normal "
          "in sigma", None, ("uniform", "log-normal")),
-        ("p-mean", "mean of ln sigma at 64 pixels; cosine-shifted shifts it too", None, float),
+        ("p-mean", "mean of ln sigma at 64 pixels; cosine-shifted shifts it too", None,
+         finite_float),
         ("p-std", "standard deviation of ln sigma", None, positive_float),
         ("prediction-type", "what the network predicts", "v_prediction",
          ("epsilon", "v_prediction", "sample")),
-        ("num-train-timesteps", "number of noise levels", 1000, positive_int),
+        ("num-train-timesteps", "number of noise levels", 1000, timestep_count),
         ("block-out-channels", "channels of each level, multiples of 32", None, positive_int),
         ("layers-per-block", "residual blocks per level", None, positive_int),
         ("attention-up-to", "self-attention on feature maps up to this side", None, natural),
@@ -127,6 +131,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 more["nargs"] = "+"
             group.add_argument(f"--{name}", help=text, default=default, **more)
     args = parser.parse_args(argv)
+    if args.condition and "none" in args.condition and len(args.condition) > 1:
+        raise UserError(f"--condition {' '.join(args.condition)}: give none alone, or leave it out")
     args.preset = args.preset or ("64" if args.data else "quick")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
