@@ -74,7 +74,8 @@ def read_cases(root: Path) -> list[dict[str, str]]:
 
 
 def subject_finder(root: Path) -> Callable[[Path], str | None]:
-    """`subject_of`, except for cases whose subject ROOT/cases.csv states (one may have several)."""
+    """`subject_of`, but ROOT/cases.csv, if it names a case's subject, has priority (a subject may
+    have several cases)."""
     of_case = {f"case_{int(row['case']):03d}": row["person"] for row in read_cases(root)
                if row.get("person") and str(row.get("case")).isdecimal()}
     return lambda path: of_case.get(subject_of(path), subject_of(path))
@@ -157,7 +158,7 @@ def assign_splits(subjects: Iterable[str], known: dict[str, str] | None = None,
 
 
 def in_two_splits(items: Iterable[tuple[str, Hashable, str]], what: str, fix: str) -> list[str]:
-    """One line for each two splits with a key in common, from (split, key, name) of all items."""
+    """One line for each pair of splits that share a key. items: (split, key, name)."""
     first, shared = {}, {}
     for split, key, name in items:
         other, where = first.setdefault(key, (split, name))
@@ -169,7 +170,7 @@ def in_two_splits(items: Iterable[tuple[str, Hashable, str]], what: str, fix: st
 
 
 def subjects_in_two_splits(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
-    """One line for each two splits with a subject in common, from (split, subject) pairs."""
+    """One line for each pair of splits that share a subject. pairs: (split, subject)."""
     return in_two_splits(((split, who, who) for split, who in dict.fromkeys(pairs) if who),
                          "subjects", "move each subject's slices to one split")
 
@@ -294,7 +295,7 @@ class Slices:
 
 def load_splits(root: Path | None, image_size: int | None, cache: Path | None = None,
                 skip_bad: bool = False, few_levels: bool = False) -> dict[str, Slices]:
-    """The splits of a root, or the phantoms for None, on the CPU; without empty splits.
+    """The non-empty splits of a root, or phantoms for None, on the CPU.
 
     Raises UserError as the functions above do, or if the splits differ in size or share a
     picture. Warns of slices that are smaller than the image size.
@@ -333,8 +334,8 @@ def picture_keys(loaded: dict[str, Slices], files_of: dict[str, list[Path]]
                  ) -> Iterator[tuple[str, Hashable, str]]:
     """(split, key, name) of each slice, for `in_two_splits`. Equal keys: equal pictures.
 
-    Slices that are equal at the image size alone are compared at their files' own, since two at
-    the top of the head may be the same few pixels.
+    Slices that are equal at the image size are compared again at their files' size: made small,
+    slices of two subjects at the top of the head can be equal by chance.
     """
     splits_of: dict[int, set[str]] = {}
     for split, slices in loaded.items():

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # named to_out.0 there
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # diffusers: to_out.0
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -399,7 +399,7 @@ class NoiseScheduler:
 
     The tables (`betas`, `alphas_cumprod`, (T,), on the CPU) are float64, never changed, and
     never cast to an image's type: in bfloat16, the first alphas_cumprod would round to 1 and
-    leave whole timesteps without noise. `alphas_cumprod[t]` is the paper's alpha-bar of t + 1.
+    leave whole timesteps without noise. `alphas_cumprod[t]` is the paper's alpha-bar_{t+1}.
     betas: (T,) float64, for a table other than that of the config.
     """
 
@@ -454,10 +454,9 @@ class NoiseScheduler:
     def timestep_cdf(self, p_mean: float | None = None, p_std: float = 1.2) -> Tensor:
         """Cumulative distribution of the training timesteps, float64 (T,), ending at 1.
 
-        Uniform for p_mean None; else the one under which ln sigma, with sigma =
-        sqrt((1 - alpha-bar) / alpha-bar), is normal with mean p_mean and standard deviation p_std
-        (Karras et al. 2022, table 1); the tails beyond the table go to its first and its last
-        timestep with signal.
+        p_mean None: uniform. Otherwise ln sigma, with sigma = sqrt((1 - alpha-bar) / alpha-bar), is
+        normal with mean p_mean and standard deviation p_std (Karras et al. 2022, table 1). The
+        tails beyond the table count for its first timestep and its last one with signal.
         """
         total = self.config.num_train_timesteps
         if p_mean is None:
@@ -473,7 +472,7 @@ class NoiseScheduler:
 
 def noise_levels(scheduler: NoiseScheduler, config: SamplerConfig, strength: float = 1.0
                  ) -> list[NoiseLevel]:
-    """The `steps` falling noise levels at which the net is called, then the clean image.
+    """The `steps` decreasing noise levels at which the net is called, then the clean image's.
 
     strength: above 0 to 1; below 1, start at this fraction of the first level's timestep and leave
         out the levels above it (Meng et al. 2022, section 3).
@@ -512,9 +511,9 @@ def noise_levels(scheduler: NoiseScheduler, config: SamplerConfig, strength: flo
 
 def run_net(net: Callable, sample: Tensor, timesteps: Tensor, dtype: torch.dtype,
             labels: Tensor | None = None) -> Tensor:
-    """The net in its compute type, and float32 again behind it: (B, C, H, W) -> same.
+    """Calls the net in `dtype` and returns float32: (B, C, H, W) -> same.
 
-    Channels come last in memory, as the fast convolutions of CPUs and GPUs want them.
+    The memory format is channels last, with which convolutions are fastest on CPUs and GPUs.
     """
     with torch.autocast(sample.device.type, dtype, enabled=dtype != torch.float32):
         return net(sample.contiguous(memory_format=torch.channels_last), timesteps,
@@ -649,7 +648,7 @@ def ddim(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[
 
 def dpmpp(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], draw: Callable[[], Tensor],
           eta: float = 0.0):
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; for eta 1, SDE-DPM-Solver++(2M) there.
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; for eta 1, their SDE-DPM-Solver++(2M).
 
     Written as DDIM with x_0 extrapolated, in lambda, to the middle of the step. The first step,
     which has no earlier prediction, and the last, whose end has an infinite lambda, are of first

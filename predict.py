@@ -36,7 +36,7 @@ from utils.manifest import Manifest
 from utils.pictures import save_overviews, save_reverse, save_slice
 from utils.sampling_options import option_error, parse_args, sampler_config
 
-# Of older versions' configs, where each had one possible value.
+# In configs of older versions, where each had only one possible value.
 FORMER_FIELDS = (("unet", "num_class_embeds"), ("scheduler", "variance_type"),
                  ("scheduler", "timestep_spacing"))
 FIELD_MM = 208  # longer side of a slice of OASIS-1's T88 volumes

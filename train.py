@@ -52,7 +52,7 @@ from utils.pictures import save_grid
 from utils.train_options import parse_args
 
 STARTED = time.monotonic()  # --max-hours counts from here
-LABEL_STREAM = 2**31  # the `part` of `step_seed` for labels; larger than any rank's
+LABEL_STREAM = 2**31  # `part` of `step_seed` for labels and augmentation; no micro-batch has it
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -127,9 +127,9 @@ def draw_timesteps(count: int, cdf: Tensor) -> Tensor:
     """Draws (count,) timesteps in ascending order from a cumulative distribution, float32 (T,).
 
     One is drawn from each of `count` intervals of equal probability: the loss varies less from
-    step to step than with independent draws, at the same distribution (stratified sampling; Kingma
-    et al. 2021 use one offset for all intervals). The order may be ascending because the order of
-    the slices is random.
+    step to step than with independent draws from the same distribution (stratified sampling;
+    Kingma et al. 2021 use one offset for all intervals). Ascending order does no harm, since the
+    slices of a batch are in random order.
     """
     device = cdf.device
     places = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
@@ -160,7 +160,7 @@ class Run:
         if world_size() > 1:
             self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.bad = torch.zeros(3, device=device)  # first step with bad numbers, its loss and norm
+        self.bad = torch.zeros(3, device=device)  # first non-finite step, its loss and norm
         self.step, self.saved_step, self.keep, self.auto_dtype = 0, 0, 1, False
         self.seconds = 0.0
         self.loss_sum, self.loss_count = torch.zeros((), device=device), 0
@@ -485,7 +485,7 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
                 on_rank_zero(save_grid, run.sample(), picture, 4)
                 on_rank_zero(draw_losses, run.folder)
                 on_rank_zero(run.save)
-                if run.step <= run.config.steps / 4:  # the last one guides (Karras et al. 2024a)
+                if run.step <= run.config.steps / 4:  # for autoguidance (Karras et al. 2024a)
                     on_rank_zero(run.export, "guide")
             log.restart()
         if stop.reason and run.step != run.saved_step:

@@ -9,10 +9,10 @@ import torch
 from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
                        HeunDiscreteScheduler)
 
-from modules import (Denoiser, NoiseScheduler, noise_levels, reverse_process, seeded_noise,
-                     timestep_embedding)
+from modules import (SAMPLER_FUNCTIONS, Denoiser, NoiseScheduler, noise_levels, reverse_process,
+                     seeded_noise, timestep_embedding)
 from tools.export import scheduler_config
-from utils.configs import (SAMPLERS, SCHEDULES, SPACINGS, SamplerConfig, SchedulerConfig,
+from utils.configs import (SCHEDULES, SPACINGS, SamplerConfig, SchedulerConfig,
                            make_scheduler_config)
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -356,7 +356,7 @@ def test_trajectories_equal_diffusers(schedule, prediction, name, options, steps
     levels = levels_of(scheduler, steps, spacing, sigma_min=0.02, sigma_max=80)
     start = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     ours, theirs = Draw(start.shape, 1), Draw(start.shape, 1)
-    states = [x for x, _ in SAMPLERS[name](Denoiser(net, scheduler), start, levels,
+    states = [x for x, _ in SAMPLER_FUNCTIONS[name](Denoiser(net, scheduler), start, levels,
                                            lambda: ours().float(), **options)]
     expected = list(THEIRS[name](scheduler, levels, net, start.double(), theirs, **options))
     assert len(states) == len(expected) + 1
@@ -458,7 +458,7 @@ def test_halving_the_steps_divides_the_error(schedule, prediction, name, order):
     errors = []
     for steps in (16, 32):
         levels = list_of_sigmas(scheduler, steps)
-        *_, (end, _) = SAMPLERS[name](denoise, x, levels, draw=None)
+        *_, (end, _) = SAMPLER_FUNCTIONS[name](denoise, x, levels, draw=None)
         errors.append((end - exact_flow(x, levels[0], levels[-1])).abs().max().item())
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
 
@@ -482,7 +482,7 @@ def test_random_samplers_have_the_exact_mean_and_halve_the_error_of_the_spread(
         x = torch.zeros(1, 1, 1, steps + 2)
         x[..., -1] = 1  # the impulse at the start; the pixel before it gets none at all
         draws = iter(torch.eye(steps, steps + 2))
-        *_, (end, _) = SAMPLERS[name](denoise, x, levels, lambda: next(draws), **options)
+        *_, (end, _) = SAMPLER_FUNCTIONS[name](denoise, x, levels, lambda: next(draws), **options)
         response = (end - end[..., -2:-1]).flatten()
         covariance = STD**2 * a * b + r**2 * a / b  # of x_now and x_then
         now = (STD * a) ** 2 + s**2

@@ -19,17 +19,18 @@ class UNetConfig:
 
     sample_size: (H, W) in pixels of the training images; determines the levels with attention.
     block_out_channels: channels of each level, finest first.
-    attention_resolutions: shorter sides, in pixels of the feature map, of the levels that get
-        self-attention. The middle block always has it.
+    attention_resolutions: levels with self-attention, by the shorter side of their feature maps in
+        pixels. The middle block always has it.
     patch_size: side of the pixel blocks that are folded into channels in front of the net and
         unfolded behind it. 2 means a quarter of the positions, about a quarter of the work.
     dropout: probability in the residual blocks, of each level, finest first; the last one holds for
         all coarser levels.
     label_dim: length of the label vectors that the net is conditioned on; 0 for none.
-    final_channels: channels of the full-resolution convolution behind the unfolded blocks, which
-        removes their borders (Bao et al. 2023, U-ViT, section 3.1); 0 for none.
-    refine_channels: channels of a residual block beside that convolution, for detail finer than
-        the patches; a multiple of 8, or 0 for none.
+    final_channels: input channels of a final 3x3 convolution at full resolution, after the patches
+        are unfolded; it smooths the borders between patches (Bao et al. 2023, section 3.1); 0 for
+        none.
+    refine_channels: channels of a residual block at full resolution, in parallel with the final
+        convolution, for detail finer than the patches; a multiple of 8, or 0 for none.
 
     Raises ValueError for a shape that cannot be built, naming the field and how to fix it.
     """
@@ -97,13 +98,13 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """The diffusion, in the keys of diffusers' `DDPMScheduler`; stored in every checkpoint.
+    """The forward process. Field names follow diffusers' `DDPMScheduler`.
 
     beta_schedule: "linear" (Ho et al., section 4) or "squaredcos_cap_v2", the cosine schedule
         (Nichol & Dhariwal, eq. 17).
-    log_snr_shift: added to the log signal-to-noise ratio of every timestep; 2 ln(64 / d) keeps, for
-        images of d x d pixels, the noise that hides as much as at 64 (Hoogeboom et al. 2023;
-        diffusers takes the shifted betas as `trained_betas`).
+    log_snr_shift: added to the log signal-to-noise ratio of every timestep. With 2 ln(64 / d),
+        images of d x d pixels lose as much detail to the noise as those of 64 x 64 (Hoogeboom et
+        al. 2023). Exported to diffusers as `trained_betas`.
     rescale_betas_zero_snr: shift the schedule so that no signal is left at T - 1 (Lin et al.
         2024, algorithm 1).
     prediction_type: what the net predicts: "epsilon", "v_prediction" (Salimans & Ho 2022,

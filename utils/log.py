@@ -43,8 +43,8 @@ class Log:
         self.bar.update()
 
     def reserve(self) -> float:
-        """Seconds to keep for the end: a minute and twice the longest validation and save so far;
-        none before the first step, so that every start makes progress."""
+        """Seconds to reserve for the last save: a minute plus twice the longest validation and save
+        so far; -inf before the first step, so that every start makes progress."""
         return 60 + 2 * self.longest if self.step > self.first else -math.inf
 
     def pause(self) -> float:

@@ -36,7 +36,7 @@ def sampler_config(args: argparse.Namespace) -> SamplerConfig:
 
 
 def option_error(error: ValueError) -> UserError:
-    """An error of a config, "field: ...", as one of the option of that field."""
+    """Turns a config's error, "field: ...", into one that names the option of that field."""
     field, _, text = str(error).partition(": ")
     return UserError(f"--{field.replace('_', '-')}: {text}")
 
@@ -51,7 +51,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="run folder, checkpoint, model.safetensors, or 'latest' for the newest run under "
              "runs/ (default: a shipped model, see --model)")
     add("--seed", type=seed_number, default=0, metavar="K",
-        help="seed of the first slice; slice i is drawn from K+i alone (default: %(default)s)")
+        help="seed of the first slice; slice i depends on seed K+i alone (default: %(default)s)")
     add("--position", type=position, metavar="P",
         help="height in the head, 0 (lowest training slices) to 1 (highest), or all of them, as "
              "--stack of predict.py (default: each seed has its own, distributed as in training)")

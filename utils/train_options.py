@@ -93,7 +93,7 @@ OPTIONS = {
         ("patch-size", "side in pixels of the patches folded into channels", None, positive_int),
         ("final-channels", "channels of a final convolution at full resolution (0: none)", None,
          natural),
-        ("refine-channels", "channels of a residual block at full resolution beside it (0: none)",
+        ("refine-channels", "channels of a residual block parallel to it (0: none)",
          None, natural),
     ],
     "machine": [
