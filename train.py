@@ -14,12 +14,10 @@ Ctrl-C, SIGTERM, SIGUSR1 or --max-hours stopped it, else from the last checkpoin
 import argparse
 import contextlib
 import gc
-import importlib.util
 import json
 import math
 import os
 import platform
-import shutil
 import signal
 import time
 from dataclasses import asdict, fields, replace
@@ -30,15 +28,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augmentations, load_splits,
                      moved)
 from modules import EMA, Denoiser, LabelConfig, NoiseScheduler, UNet, run_net, sample, seeded_noise
-from utils.checkpoint import (FORMAT, check_same_run, check_shapes, checkpoints, find_model,
-                              newest_checkpoint, read_model, write_checkpoint)
+from utils.checkpoint import (check_same_run, check_shapes, checkpoints, find_model,
+                              fitting_weights, newest_checkpoint, write_checkpoint,
+                              write_safetensors)
 from utils.cli import EVAL_SEED, UserError, run_cli
 from utils.configs import (QUALITY, SamplerConfig, SchedulerConfig, TrainConfig, UNetConfig,
                            make_scheduler_config)
@@ -46,10 +44,10 @@ from utils.device import (choose_dtype, describe_machine, keep_freed_memory, mem
                           out_of_memory)
 from utils.distributed import (Stop, join_processes, local_device, on_all_ranks, on_rank_zero,
                                rank, world_size)
-from utils.files import write_atomic, write_json
+from utils.files import write_json
 from utils.log import QUARTILES, Log, draw_losses
 from utils.pictures import save_grid
-from utils.train_options import parse_args
+from utils.train_options import check_tools, parse_args
 
 STARTED = time.monotonic()  # --max-hours counts from here
 LABEL_STREAM = 2**31  # `part` of `step_seed` for labels and augmentation; no micro-batch has it
@@ -168,20 +166,11 @@ class Run:
     def initialise(self, path: Path) -> None:
         """Starts from the EMA weights of a model, for fine-tuning.
 
-        Tensors whose name or shape differs, because labels or the image size do, keep their random
-        values and are listed. Raises UserError if the file is damaged or fewer than half fit.
+        Tensors that do not fit, because labels or the image size differ, keep their random values
+        and are listed. Raises UserError as `fitting_weights` does.
         """
-        ours, theirs = self.net.state_dict(), read_model(path)
-        try:
-            fitting = {name: tensor for name, tensor in theirs["ema"].items()
-                       if name in ours and tensor.shape == ours[name].shape}
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"--init {path}: holds no EMA weights; give a run folder or a file of "
-                            "train.py") from None
-        if len(fitting) < len(ours) / 2:
-            raise UserError(f"--init {path}: only {len(fitting)} of the net's {len(ours)} tensors "
-                            "fit; give a model of the same --block-out-channels and "
-                            "--layers-per-block")
+        ours = self.net.state_dict()
+        fitting = fitting_weights(path, ours)
         self.net.load_state_dict(fitting, strict=False)
         self.ema.net.load_state_dict(self.net.state_dict())
         if self.ema_short:
@@ -450,11 +439,8 @@ class Run:
 
     def export(self, name: str = "model", ema: EMA | None = None) -> None:
         """Writes NAME.safetensors: EMA weights in half precision, with the configs as metadata."""
-        tensors = {name: tensor.half().contiguous().cpu()
-                   for name, tensor in (ema or self.ema).net.state_dict().items()}
-        metadata = {key: json.dumps(value) for key, value in self.configs().items()}
-        content = safetensors_bytes(tensors, {"format": FORMAT, "step": str(self.step), **metadata})
-        write_atomic(self.folder / f"{name}.safetensors", lambda file: file.write(content))
+        write_safetensors(self.folder / f"{name}.safetensors",
+                          (ema or self.ema).net.state_dict(), self.configs(), self.step)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -524,18 +510,6 @@ def finished(run: Run) -> bool:
         return json.loads(text)["steps"] == run.config.steps
     except (OSError, ValueError, KeyError):
         return False
-
-
-def check_tools(args: argparse.Namespace, device: torch.device) -> None:
-    """Raises UserError if an option needs a compiler or a package that is missing."""
-    # For a GPU, torch.compile generates C code that launches the kernels.
-    compilers = ("g++", "c++") if device.type == "cpu" else (os.environ.get("CC", "gcc"), "clang")
-    if args.compile and not any(map(shutil.which, compilers)):
-        raise UserError(f"--compile: no compiler ({compilers[0]}) found; install one, or omit "
-                        "the option")
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard: the package is missing; pip install tensorboard, or omit "
-                        "the option (metrics.csv has the same values)")
 
 
 def prepare(args: argparse.Namespace) -> Run:

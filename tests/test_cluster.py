@@ -227,7 +227,7 @@ def test_a_device_that_is_no_numbered_gpu(monkeypatch, name):
 def test_compile_says_what_is_missing(monkeypatch, device, compiler):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(script, "local_device", torch.device)
-    monkeypatch.setattr(script.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match=f"--compile: no compiler .{compiler}. found"):
         script.prepare(script.parse_args(["--compile", "--device", device]))
 

@@ -1,4 +1,4 @@
-"""Reads checkpoints and exported models, and finds them."""
+"""Writes, reads and finds checkpoints and exported models."""
 
 import io
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -147,6 +148,15 @@ def check_shapes(content: dict, net: nn.Module) -> None:
         raise ValueError("its tensors do not fit its configuration")
 
 
+def write_safetensors(path: Path, tensors: dict[str, Tensor], configs: dict[str, dict], step: int
+                      ) -> None:
+    """Writes weights in half precision, with the configs as metadata, for `read_safetensors`."""
+    metadata = {part: json.dumps(config) for part, config in configs.items()}
+    content = save({name: tensor.half().contiguous().cpu() for name, tensor in tensors.items()},
+                   {"format": FORMAT, "step": str(step), **metadata})
+    write_atomic(path, lambda file: file.write(content))
+
+
 def read_safetensors(path: Path) -> dict:
     """The contents of a model.safetensors in the form of a checkpoint, on the CPU.
 
@@ -171,6 +181,24 @@ def read_safetensors(path: Path) -> dict:
 def read_model(path: Path) -> dict:
     """The contents of a checkpoint or a model.safetensors; raises UserError as their readers do."""
     return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+
+
+def fitting_weights(path: Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The EMA weights of a file whose name and shape are those of a tensor of ours.
+
+    Raises UserError if the file is damaged, or fewer than half of our tensors fit.
+    """
+    content = read_model(path)
+    try:
+        fitting = {name: tensor for name, tensor in content["ema"].items()
+                   if name in ours and tensor.shape == ours[name].shape}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"--init {path}: holds no EMA weights; give a run folder or a file of "
+                        "train.py") from None
+    if len(fitting) < len(ours) / 2:
+        raise UserError(f"--init {path}: only {len(fitting)} of the net's {len(ours)} tensors fit; "
+                        "give a model of the same --block-out-channels and --layers-per-block")
+    return fitting
 
 
 def find_model(name: str | Path, option: str = "--checkpoint") -> Path:

@@ -1,7 +1,12 @@
 """The options of train.py and its presets."""
 
 import argparse
+import importlib.util
+import os
+import shutil
 from pathlib import Path
+
+import torch
 
 from utils.cli import (Parser, UserError, checked, finite_float, fraction, natural, positive_float,
                        positive_int, seed_number)
@@ -138,3 +143,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
+
+
+def check_tools(args: argparse.Namespace, device: torch.device) -> None:
+    """Raises UserError if an option needs a compiler or a package that is missing."""
+    # For a GPU, torch.compile generates C code that launches the kernels.
+    compilers = ("g++", "c++") if device.type == "cpu" else (os.environ.get("CC", "gcc"), "clang")
+    if args.compile and not any(map(shutil.which, compilers)):
+        raise UserError(f"--compile: no compiler ({compilers[0]}) found; install one, or omit "
+                        "the option")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: the package is missing; pip install tensorboard, or omit "
+                        "the option (metrics.csv has the same values)")
