@@ -151,13 +151,13 @@ def draw_comparison(figure, compared: list[dict]) -> None:
     plots = figure.subplots(1, 3)
     for axes, name, title in zip(plots, ("kid", "frechet", "spectrum"), (
             "KID", "Frechet distance over its floor", "Spectrum, mean |log2 ratio|")):
-        for sampler in dict.fromkeys(found["sampler"] for found in compared):
+        for kind in dict.fromkeys((found["sampler"], found["spacing"]) for found in compared):
             rows = [(found["calls"], found["measures"][name])
                     for found in sorted(compared, key=lambda found: found["calls"])
-                    if found["sampler"] == sampler and name in found["measures"]]
+                    if (found["sampler"], found["spacing"]) == kind and name in found["measures"]]
             unit = rows[0][1]["floor"] if rows and name == "frechet" else None
             axes.plot([calls for calls, _ in rows], [row["value"] / (unit or 1) for _, row in rows],
-                      "o-", label=sampler)
+                      "o-", label=", ".join(kind))
         if rows and rows[0][1].get("interval"):
             axes.axhspan(*(end / (unit or 1) for end in rows[0][1]["interval"]), color=REAL,
                          alpha=0.25, lw=0)
