@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -15,10 +15,12 @@ from predict import load_model
 from tools.tables import BLOCK, PAGES, ROOT, TABLES, fill
 from train import Run
 from utils.checkpoint import SHIPPED
-from utils.configs import TrainConfig
+from utils.configs import QUALITY, TrainConfig
 from utils.device import choose_dtype
+from utils.files import sha256
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "weights" / "README.md",
+             *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_tables_are_those_of_the_measurements():
@@ -28,7 +30,7 @@ def test_the_tables_are_those_of_the_measurements():
 
 
 def test_links_and_pictures_of_the_documents_exist():
-    for page in [*DOCUMENTS, ROOT / "weights" / "README.md"]:
+    for page in DOCUMENTS:
         links = re.findall(r"\]\((?!http|#)([^)#]+)\)", page.read_text(encoding="utf-8"))
         missing = [link for link in links if not (page.parent / link).exists()]
         assert not missing, f"{page}: {missing}"
@@ -39,6 +41,15 @@ def test_pictures_are_small_and_all_are_shown():
     pictures = sorted((ROOT / "images").iterdir())
     assert sum(picture.stat().st_size for picture in pictures) < 15e6
     assert not [picture.name for picture in pictures if picture.name not in text]
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "conditions"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_measurements_are_of_the_shipped_weights_by_the_default_sampler(name, kind):
+    found = json.loads(SHIPPED[name].with_name(f"oasis-{name}.{kind}.json").read_text("utf-8"))
+    assert found["weights_sha256"] == sha256(SHIPPED[name])
+    for field, value in asdict(QUALITY["default"]).items():
+        assert found[field] == value
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -108,8 +108,8 @@ OPTIONS = {
         ("compile", "torch.compile the network (default: off; needs a compiler, and takes one "
          "to two minutes at the start)", False, bool),
         ("log-every", "steps between lines of metrics.csv", 50, positive_int),
-        ("save-every", "steps between validation, samples and checkpoint; guide.safetensors is of the "
-         "last one in the first quarter of the steps", None, positive_int),
+        ("save-every", "steps between validation, samples and checkpoint; guide.safetensors is of "
+         "the last one in the first quarter of the steps", None, positive_int),
         ("keep", "older checkpoints to keep besides the newest", 1, positive_int),
         ("max-hours", "save and stop within this time (default: no limit)", None, positive_float),
         ("tensorboard", "also write RUN/tensorboard (default: off)", False, bool),
