@@ -3,8 +3,9 @@
 Read top to bottom like the paper: `UNet` (Ho et al. 2020, section 4 and appendix B), then
 `NoiseScheduler` (forward process, eq. 4), then the reverse process: `noise_levels`, `Denoiser`
 and the samplers (Ho et al., eq. 7; Song et al. 2021; Lu et al. 2022; Karras et al. 2022), then
-`EMA`. Tensor names and arithmetic are those of diffusers' `UNet2DModel`, and the scheduler's
-config keys those of its `DDPMScheduler`, so that a model trained here opens there.
+`EMA`. Their configs are in utils/configs.py. Tensor names and arithmetic are those of diffusers'
+`UNet2DModel`, and the scheduler's config keys those of its `DDPMScheduler`, so that a model trained
+here opens there.
 
 Conventions: images are float32 in [-1, 1] with shape (B, C, H, W); B batch, C channels, H rows,
 W columns. Timesteps count from 0 (almost clean) to T - 1 (noise). State, schedule and loss are

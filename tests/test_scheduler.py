@@ -12,7 +12,7 @@ from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from modules import (SAMPLER_FUNCTIONS, Denoiser, NoiseScheduler, noise_levels, reverse_process,
                      seeded_noise, timestep_embedding)
 from tools.export import scheduler_config
-from utils.configs import (SCHEDULES, SPACINGS, SamplerConfig, SchedulerConfig,
+from utils.configs import (SAMPLERS, SCHEDULES, SPACINGS, SamplerConfig, SchedulerConfig,
                            make_scheduler_config)
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -20,6 +20,11 @@ CASES = [(s, p) for s in SCHEDULES for p in PREDICTIONS if (s, p) != ("zero-snr"
 # Every sampler that there is: its name and its options.
 KINDS = [("ddpm", {}), ("ddim", {}), ("ddim", {"eta": 0.5}), ("ddim", {"eta": 1.0}), ("dpmpp", {}),
          ("dpmpp", {"eta": 1.0}), ("heun", {})]
+
+
+def test_every_sampler_has_a_function():
+    assert list(SAMPLER_FUNCTIONS) == list(SAMPLERS)
+    assert {name for name, _ in KINDS} == set(SAMPLERS)
 
 
 def make_scheduler(schedule: str, prediction: str = "v_prediction", clip: bool = False,

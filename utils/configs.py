@@ -1,7 +1,7 @@
 """What rebuilds a network, a diffusion, a sampler and a run: dataclasses of plain values.
 
-All but the sampler's are stored in every checkpoint. They check themselves, and raise ValueError
-with the name of the field; what they mean is done in modules.py and train.py.
+All but the sampler's are stored in every checkpoint. modules.py and train.py implement what they
+describe. Invalid values raise ValueError, with the name of the field.
 """
 
 import math
@@ -180,7 +180,10 @@ SPACINGS = ("logsnr", "karras", "trailing")
 
 
 class SamplerKind(NamedTuple):
-    """A sampler's usual number of steps, and the fields of `SamplerConfig` that are its own."""
+    """Default number of steps, and the fields of `SamplerConfig` that this sampler alone has.
+
+    The function of the same name in `modules.SAMPLER_FUNCTIONS` takes these fields as arguments.
+    """
 
     steps: int
     options: tuple[str, ...]
