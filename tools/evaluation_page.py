@@ -163,4 +163,4 @@ def draw_comparison(figure, compared: list[dict]) -> None:
                          alpha=0.25, lw=0)
         axes.set(xlabel="network calls a slice", ylim=(0, None))
         axes.set_title(title, **INDENT)
-    plots[0].legend(frameon=False)
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
