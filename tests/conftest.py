@@ -8,14 +8,18 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+# A process of pytest-xdist has a core to itself: threads of several would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Or matplotlib would build its font cache anew in every test's own cache folder.
+os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp())
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-# Or matplotlib would build its font cache anew in every test's own cache folder.
-os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp())
 sys.path.insert(0, str(ROOT))
 
 from dataset import AUGMENTATIONS, Slices
