@@ -1,17 +1,20 @@
 """An exported model, opened by diffusers: the same slices there as here."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from safetensors import SafetensorError
 
-from modules import Denoiser, LabelConfig, NoiseScheduler, UNet, seeded_noise
+import modules
+from modules import Denoiser, LabelConfig, NoiseScheduler, UNet, noise_levels, seeded_noise
 from predict import Model, Slice, generate, load_model
 from tools.export import export
 from utils.checkpoint import SHIPPED
 from utils.cli import UserError
-from utils.configs import SamplerConfig, SchedulerConfig, UNetConfig
+from utils.configs import QUALITY, SamplerConfig, SchedulerConfig, UNetConfig
 from utils.pictures import to_uint8
 
 CPU = torch.device("cpu")
@@ -30,20 +33,31 @@ def exported(request, tmp_path_factory):
 
 @pytest.mark.parametrize("sampler, cls", [("ddim", DDIMScheduler),
                                           ("dpmpp", DPMSolverMultistepScheduler)])
-def test_the_same_noise_gives_the_same_slices(exported, sampler, cls):
+def test_the_same_noise_gives_the_same_slices(exported, monkeypatch, sampler, cls):
     model, pipeline, _ = exported
     conditions = {"position": 20 / 31, "label": "CDR 1"} if model.labels.dim else {}
     slices = [Slice(seed, conditions.get("position"), conditions.get("label")) for seed in (3, 4)]
+    noise = seeded_noise([3, 4], (1, *model.net.config.sample_size))()
+    scheduler = cls.from_config(pipeline.scheduler.config)
+    monkeypatch.setattr(pipeline, "scheduler", scheduler)
     # Steps that divide 1000: otherwise their DDIM steps to timesteps where it is not called next.
-    config = SamplerConfig(sampler, 5, spacing="trailing")
-    denoise = Denoiser(model.net, model.scheduler, patch_size=model.net.config.patch_size)
-    (ours, _), = generate(model, slices, config, denoise, batch_size=2)
-    pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
-    noise = seeded_noise([3, 4], tuple(ours.shape[1:]))()
     theirs = pipeline(**conditions, latents=noise, num_inference_steps=5, output_type="np").images
+    timesteps = [*scheduler.timesteps.tolist(), -1]
+    monkeypatch.setattr(modules, "noise_levels",
+                        lambda scheduler, *_: [scheduler.level(t) for t in timesteps])
+    denoise = Denoiser(model.net, model.scheduler, patch_size=model.net.config.patch_size)
+    (ours, _), = generate(model, slices, SamplerConfig(sampler, 5), denoise, batch_size=2)
     difference = np.abs(theirs.astype(int) - to_uint8(ours)[:, 0].numpy().astype(int))
     assert difference.max() <= 1
     assert to_uint8(ours).float().std() > 30  # there is something to see
+
+
+def test_steps_are_those_of_predict(exported):
+    model, pipeline, _ = exported
+    assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
+    steps = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
+    ours = [level.timestep for level in noise_levels(model.scheduler, QUALITY["default"])[:-1]]
+    np.testing.assert_allclose(pipeline.timesteps(steps), ours, atol=0.51)
 
 
 def test_conditions_and_guidance_change_the_slice_and_wrong_ones_are_named(exported):

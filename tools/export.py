@@ -49,8 +49,8 @@ pipeline({arguments}).images[0].save("slice.png")
 {conditions}
 
 `trust_remote_code` runs the `pipeline.py` of this folder: read it first. Schedulers:
-`DDIMScheduler` (the one here; steps that divide {total:,} are the most exact), `DDPMScheduler` and
-`DPMSolverMultistepScheduler`, from this one's config.
+`DPMSolverMultistepScheduler` (the one here), and from its config `DDIMScheduler` (steps that divide
+{total:,} are the most exact) and `DDPMScheduler`; both need more steps.
 
 **Intended use:** teaching, testing and comparing generative models. **No diagnostic use.** No real
 subject is depicted.
@@ -130,7 +130,7 @@ def export(model: Model, folder: Path) -> None:
 
 def write_folder(model: Model, folder: Path) -> None:
     """Writes the files; diffusers opens the folder once the last, model_index.json, is there."""
-    from diffusers import DDIMScheduler, UNet2DModel, __version__
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel, __version__
     config, labels, table = model.net.config, model.labels, label_table(model)
     weights = model.net.cpu().state_dict()
     final = {name: weights.pop(name).tolist() for name in list(weights)
@@ -141,12 +141,15 @@ def write_folder(model: Model, folder: Path) -> None:
     unet.load_state_dict(weights)
     unet.save_pretrained(folder / "unet")
     values = scheduler_config(model.scheduler.config) | {"clip_sample": False}  # the pipeline does
-    DDIMScheduler(**values).save_pretrained(folder / "scheduler")
+    # Its config keeps what only the others know, such as clip_sample.
+    DPMSolverMultistepScheduler.from_config(DDIMScheduler(**values).config).save_pretrained(
+        folder / "scheduler")
     shutil.copyfile(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
     (folder / "README.md").write_text(card(model, folder.name), encoding="utf-8")
     write_json(folder / "model_index.json", {
         "_class_name": ["pipeline", "BrainSlicePipeline"], "_diffusers_version": __version__,
-        "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "patch_size": config.patch_size, "final_layers": final, "labels": list(labels.classes),
         "heights": height_rows(model), "clip": model.scheduler.config.clip_sample})
 

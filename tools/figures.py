@@ -8,6 +8,7 @@ samples are shown. Without them, their figures stay as they are.
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tools.evaluation_page import draw_comparison
 from tools.tables import ROOT, write_tables
 from tools.volumes import Cutting, cut_volume, upright
 from utils.checkpoint import SHIPPED
-from utils.cli import Parser, run_cli
+from utils.cli import Parser, progress_bar, run_cli
 from utils.configs import QUALITY, UNetConfig
 from utils.device import choose_dtype
 from utils.log import draw_losses
@@ -44,6 +45,18 @@ def show(axes, image: torch.Tensor, title: str = "") -> None:
     axes.imshow(to_uint8(image)[0], cmap="gray", vmin=0, vmax=255)
     axes.set_axis_off()
     axes.set_title(title, fontsize=9)
+
+
+def sampled(model: Model, slices: list[Slice | int], title: str, config=QUALITY["default"],
+            watch: Callable = lambda x, clean: None, **options) -> torch.Tensor:
+    """The images of `generate`, (N, 1, H, W), with a progress bar."""
+    batch_size = min(len(slices), 16)
+    with progress_bar(-(-len(slices) // batch_size) * (config.steps + 1), title, "state") as bar:
+        def count(x: torch.Tensor, clean: torch.Tensor) -> None:
+            bar.update()
+            watch(x, clean)
+        return torch.cat([images for images, _ in generate(
+            model, slices, config, batch_size=batch_size, watch=count, **options)])
 
 
 def draw_process(model, states: torch.Tensor) -> None:
@@ -192,7 +205,7 @@ def draw_conditions(model: Model) -> None:
     for number, panels in enumerate(axes):
         seed, name = number // 2, names[(0, 2)[number % 2]]
         slices = [Slice(seed, height, name) for height in heights]
-        [(images, _)] = generate(model, slices, denoise=denoise, batch_size=8)
+        images = sampled(model, slices, f"conditions, row {number}", denoise=denoise)
         for panel, image, height in zip(panels, images, heights):
             show(panel, image)
             if number == 0:
@@ -205,19 +218,19 @@ def draw_conditions(model: Model) -> None:
 def draw_features(model: Model) -> None:
     """A stack, an interpolation, a slice denoised again, and a region filled in, a row each."""
     height, width = model.net.config.sample_size
-    [(images, _)] = generate(model, [Slice(3, 0.6)], batch_size=1)
+    init = sampled(model, [Slice(3, 0.6)], "features, --init")[0]
     mask = torch.zeros(1, height, width, dtype=torch.bool)
     mask[:, height // 3:2 * height // 3, width // 3:2 * width // 3] = True
     save_png(255 * mask[0].to(torch.uint8), IMAGES / "mask.png")
     steps, seeds = np.linspace(0, 1, 8).tolist(), [Slice(seed, 0.6) for seed in range(8)]
     rows = {"--stack": ([Slice(5, step) for step in steps], {}),
             "--interpolate": ([Slice(3, 0.6, None, 17, step) for step in steps], {}),
-            "--init": (seeds, dict(init=images[0], strength=0.4)),
-            "--mask": (seeds, dict(init=images[0], mask=mask, config=replace(
+            "--init": (seeds, dict(init=init, strength=0.4)),
+            "--mask": (seeds, dict(init=init, mask=mask, config=replace(
                 QUALITY["default"], resample=MASK_RESAMPLE)))}
     figure, axes = plt.subplots(4, 8, figsize=(10.4, 6.1), layout="constrained")
     for panels, (name, (slices, options)) in zip(axes, rows.items()):
-        [(images, _)] = generate(model, slices, batch_size=8, **options)
+        images = sampled(model, slices, f"features, {name}", **options)
         for panel, image in zip(panels, images):
             show(panel, image)
         panels[0].text(-0.1, 0.5, name, rotation=90, va="center", ha="center", fontsize=8,
@@ -251,8 +264,8 @@ def draw_samplers() -> None:
 def draw_slices(model: Model, num: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """The slices of the first seeds as predict.py samples them, and the first one's states."""
     states = []
-    batches = generate(model, range(num), watch=lambda x, clean: states.append(x[:1]))
-    slices = torch.cat([images for images, _ in batches])
+    slices = sampled(model, list(range(num)), f"slices of {model.path.stem}",
+                     watch=lambda x, clean: states.append(x[:1]))
     return slices, torch.cat(states[:QUALITY["default"].steps + 1])
 
 

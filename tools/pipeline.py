@@ -8,7 +8,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -18,7 +18,7 @@ class BrainSlicePipeline(DiffusionPipeline):
 
     unet: works on images whose patches are folded into channels; its class embedding is a table of
         the conditions, see `row`.
-    scheduler: DDIMScheduler, DDPMScheduler or DPMSolverMultistepScheduler.
+    scheduler: DPMSolverMultistepScheduler, DDIMScheduler or DDPMScheduler.
     patch_size: side of the patches.
     final_layers: weights by name of the layers at full resolution behind the patches; may be empty.
     labels: names of the classes; heights: rows of the table for heights, evenly from 0 to 1.
@@ -93,6 +93,18 @@ class BrainSlicePipeline(DiffusionPipeline):
         alpha_bar = self.scheduler.alphas_cumprod[int(timestep)].double()
         return alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item()
 
+    def timesteps(self, count):
+        """Up to `count` timesteps, whole numbers that lie evenly in log sigma from 500 to 0.02.
+
+        sigma is the noise of x_t over its signal.
+        """
+        alpha_bar = self.scheduler.alphas_cumprod.double().numpy()
+        log_sigma = np.log((1 - alpha_bar) / alpha_bar) / 2
+        wanted = np.linspace(np.log(0.02), np.log(500), count)
+        places = np.interp(wanted.clip(log_sigma[0], log_sigma[-1]), log_sigma,
+                           np.arange(len(log_sigma)))
+        return np.unique(places.round())[::-1]
+
     @torch.no_grad()
     def __call__(self, batch_size=1, position=None, label=None, guidance_scale=1.0,
                  num_inference_steps=20, generator=None, latents=None, output_type="pil"):
@@ -110,7 +122,11 @@ class BrainSlicePipeline(DiffusionPipeline):
         if x is None:
             x = randn_tensor((batch_size, 1, height * patch, width * patch), generator,
                              self.device, self.unet.dtype)
-        self.scheduler.set_timesteps(num_inference_steps, device=x.device)
+        if isinstance(self.scheduler, DPMSolverMultistepScheduler):
+            self.scheduler.set_timesteps(timesteps=self.timesteps(num_inference_steps),
+                                         device=x.device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=x.device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             clean = self.predict(x, timestep, row)
             if guidance_scale != 1:

@@ -40,7 +40,8 @@ def glance() -> str:
                   ["KID", *cells("kid", "{value} ({floor})")],
                   ["Frechet distance", *cells("frechet", "{value} ({floor})")],
                   ["spectrum, mean \\|log2 ratio\\|", *cells("spectrum", "{value} ({floor})")],
-                  ["accuracy of a classifier", *cells("two_sample", "{value} ({floor})")],
+                  ["two-sample test: accuracy of a classifier",
+                   *cells("two_sample", "{value} ({floor})")],
                   ["precision", *cells("precision", "{value} ({floor})")],
                   ["recall", *cells("recall", "{value} ({floor})")],
                   ["copies beyond what unseen subjects show", *copies]])
