@@ -43,6 +43,10 @@ def test_pictures_are_small_and_all_are_shown():
     assert not [picture.name for picture in pictures if picture.name not in text]
 
 
+def test_measuring_needs_real_slices(rejected):
+    rejected("tools.figures", ["--measure"], "--measure needs --data")
+
+
 @pytest.mark.parametrize("kind", ["evaluation", "conditions"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_measurements_are_of_the_shipped_weights_by_the_default_sampler(name, kind):

@@ -413,7 +413,7 @@ def main() -> None:
     net, device, model = load_network(args.features), local_device(args.device), None
     if args.checkpoint or not args.slices:
         model = load_model(find_model(args.checkpoint or SHIPPED[args.model]), device)
-    result = {"data": str(args.data or "phantoms"), "features": net.name,
+    result = {"data": args.data.resolve().name if args.data else "phantoms", "features": net.name,
               "model": (args.checkpoint or model.path.name) if model else str(args.slices)}
     result |= evaluate_folder(args, net, model) if args.slices else \
         evaluate_model(args, net, model, device)

@@ -48,7 +48,7 @@ def heading(result: dict) -> str:
     height, width = result["size"]
     drawn = f", {result['sampler']} {result['steps']} steps" if "sampler" in result else ""
     return (f"{result['model']}{drawn}: {result['num']} slices of {height}x{width} pixels beside "
-            f"the train split of {Path(result['data']).name}")
+            f"the train split of {result['data']}")
 
 
 def draw_spectrum(axes, curves: dict) -> None:
@@ -161,6 +161,8 @@ def draw_comparison(figure, compared: list[dict]) -> None:
         if rows and rows[0][1].get("interval"):
             axes.axhspan(*(end / (unit or 1) for end in rows[0][1]["interval"]), color=REAL,
                          alpha=0.25, lw=0)
-        axes.set(xlabel="network calls a slice", ylim=(0, None))
+        axes.set(xlabel="network calls a slice", ylim=(0, None), xscale="log")
+        axes.set_xticks([5, 10, 20, 50, 100, 250], [5, 10, 20, 50, 100, 250], minor=False)
+        axes.minorticks_off()
         axes.set_title(title, **INDENT)
     figure.legend(*plots[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)

@@ -1,13 +1,17 @@
 """Redraws the figures of README.md into images/ and fills in its tables.
 
-    python -m tools.figures --data ROOT --run RUN
+    python -m tools.figures --data ROOT --run RUN --measure
 
 ROOT holds the real slices that stand beside generated ones, RUN is the run folder whose loss and
-samples are shown. Without them, their figures stay as they are.
+samples are shown. Without them, their figures stay as they are. With --measure, the shipped models
+are measured first.
 """
 
 import json
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +32,7 @@ from tools.evaluation_page import draw_comparison
 from tools.tables import ROOT, write_tables
 from tools.volumes import Cutting, cut_volume, upright
 from utils.checkpoint import SHIPPED
-from utils.cli import Parser, progress_bar, run_cli
+from utils.cli import Parser, UserError, progress_bar, run_cli
 from utils.configs import QUALITY, UNetConfig
 from utils.device import choose_dtype
 from utils.log import draw_losses
@@ -45,6 +49,30 @@ def show(axes, image: torch.Tensor, title: str = "") -> None:
     axes.imshow(to_uint8(image)[0], cmap="gray", vmin=0, vmax=255)
     axes.set_axis_off()
     axes.set_title(title, fontsize=9)
+
+
+def measure(data: Path) -> None:
+    """Measures the shipped models: evaluation.json and conditions.json of each, and four slices.
+
+    Ends the program if one of the commands fails, which has printed why.
+    """
+    def call(*words) -> None:
+        code = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode
+        if code:
+            sys.exit(code)
+    for name, path in SHIPPED.items():
+        options = ("--data", data.resolve(), "--model", name)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder)
+            call("-m", "tools.evaluate", *options, "--out", out)
+            call("-m", "tools.conditions", *options, "--num", 24, "--out", out / "conditions.json")
+            call("predict.py", "--model", name, "--num", 4, "--dtype", "float32", "--out",
+                 out / "slices")
+            for file in ("evaluation.json", "conditions.json"):
+                shutil.copyfile(out / file, path.with_suffix(f".{file}"))
+            shutil.copyfile(out / "slices" / "grid.png", path.with_suffix(".seeds.png"))
+            if name == "native":
+                shutil.copyfile(out / "evaluation.png", IMAGES / "evaluation.png")
 
 
 def sampled(model: Model, slices: list[Slice | int], title: str, config=QUALITY["default"],
@@ -254,10 +282,12 @@ def draw_training(run: Path) -> None:
 
 
 def draw_samplers() -> None:
-    """Quality against network calls, from docs/samplers.json."""
-    compared = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))["compare"]
-    figure = plt.figure(figsize=(10, 2.8), layout="constrained")
-    draw_comparison(figure, compared)
+    """Quality of both models against network calls, from docs/samplers-*.json."""
+    figure = plt.figure(figsize=(10, 5.6), layout="constrained")
+    for part, (name, path) in zip(figure.subfigures(2, 1), SHIPPED.items()):
+        text = (ROOT / "docs" / f"samplers-{name}.json").read_text("utf-8")
+        draw_comparison(part, json.loads(text)["compare"])
+        part.suptitle(path.stem, fontsize=9, x=0.01, ha="left")
     figure.savefig(IMAGES / "samplers.png", dpi=110)
 
 
@@ -274,7 +304,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of real slices (default: none)")
     parser.add_argument("--run", type=Path,
                         help="run folder whose training is shown (default: none)")
+    parser.add_argument("--measure", action="store_true",
+                        help="measure the shipped models on --data first (default: off)")
     args = parser.parse_args()
+    if args.measure and not args.data:
+        raise UserError("--measure needs --data ROOT, the real slices to compare with")
+    if args.measure:
+        measure(args.data)
     IMAGES.mkdir(exist_ok=True)
     native = load_model(SHIPPED["native"], CPU)
     draw_unet(native.net.config)

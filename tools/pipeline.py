@@ -94,20 +94,19 @@ class BrainSlicePipeline(DiffusionPipeline):
         return alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item()
 
     def timesteps(self, count):
-        """Up to `count` timesteps, whole numbers that lie evenly in log sigma from 500 to 0.02.
+        """Up to `count` timesteps, whole numbers that lie evenly in log sigma.
 
-        sigma is the noise of x_t over its signal.
+        sigma, the noise of x_t over its signal, falls from 500 to 0.01, or where the table ends.
         """
         alpha_bar = self.scheduler.alphas_cumprod.double().numpy()
         log_sigma = np.log((1 - alpha_bar) / alpha_bar) / 2
-        wanted = np.linspace(np.log(0.02), np.log(500), count)
-        places = np.interp(wanted.clip(log_sigma[0], log_sigma[-1]), log_sigma,
-                           np.arange(len(log_sigma)))
+        ends = np.log([0.01, 500]).clip(log_sigma[0], log_sigma[-1])
+        places = np.interp(np.linspace(*ends, count), log_sigma, np.arange(len(log_sigma)))
         return np.unique(places.round())[::-1]
 
     @torch.no_grad()
     def __call__(self, batch_size=1, position=None, label=None, guidance_scale=1.0,
-                 num_inference_steps=20, generator=None, latents=None, output_type="pil"):
+                 num_inference_steps=15, generator=None, latents=None, output_type="pil"):
         """Samples `batch_size` slices.
 
         position: height in the head, 0 to 1; label: a class; None for none.

@@ -5,6 +5,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 from tools.evaluation_page import TITLES, number
@@ -72,9 +73,9 @@ def conditions() -> str:
                           heights[1]]])
 
 
-def samplers() -> str:
-    """The native model by sampler, network calls and range of seeds."""
-    found = json.loads((ROOT / "docs" / "samplers.json").read_text("utf-8"))
+def samplers(name: str) -> str:
+    """A model by sampler, network calls and range of seeds."""
+    found = json.loads((ROOT / "docs" / f"samplers-{name}.json").read_text("utf-8"))
     names = ("spectrum", "kid", "frechet", "two_sample", "precision", "recall", "symmetry")
     rows = [["sampler, steps, spacing", "calls", "seeds from", "spectrum", "KID", "Frechet",
              "two-sample", "precision", "recall", "symmetry"]]
@@ -100,7 +101,8 @@ def time_to_quality() -> str:
 
 
 TABLES = {"glance": glance, "conditions": conditions, "quality": quality,
-          "samplers": samplers, "time_to_quality": time_to_quality}
+          "samplers_native": partial(samplers, "native"), "samplers_64": partial(samplers, "64"),
+          "time_to_quality": time_to_quality}
 
 
 def fill(text: str) -> str:

@@ -190,7 +190,7 @@ class SamplerKind(NamedTuple):
 
 
 SAMPLERS = {"ddpm": SamplerKind(250, ()), "ddim": SamplerKind(50, ("eta",)),
-            "dpmpp": SamplerKind(20, ("eta",)), "heun": SamplerKind(20, ("churn",))}
+            "dpmpp": SamplerKind(15, ("eta",)), "heun": SamplerKind(20, ("churn",))}
 
 
 @dataclass(frozen=True)
@@ -210,10 +210,10 @@ class SamplerConfig:
     """
 
     sampler: str = "dpmpp"
-    steps: int = 20
+    steps: int = SAMPLERS["dpmpp"].steps
     spacing: str = "logsnr"
     rho: float = 7.0
-    sigma_min: float = 0.02
+    sigma_min: float = 0.01
     sigma_max: float = 500.0
     eta: float = 0.0
     churn: float = 0.0
@@ -243,7 +243,7 @@ class SamplerConfig:
 
 QUALITY = {
     "fast": SamplerConfig("dpmpp", 10),
-    "default": SamplerConfig("dpmpp", 20),
+    "default": SamplerConfig(),
     "best": SamplerConfig("dpmpp", 30),
 }
 
