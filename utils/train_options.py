@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Trains a denoising diffusion model of brain MRI slices.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="presets (defaults of the options above that show none):\n" + "\n".join(
-            f"  {name:6s}" + ", ".join(f"{k} {v}" for k, v in preset.items())
+            f"  {name:7s}" + ", ".join(f"{k} {v}" for k, v in preset.items())
             for name, preset in PRESETS.items()))
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
