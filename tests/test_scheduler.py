@@ -529,7 +529,8 @@ def test_bad_configs_name_the_field(values, words):
 
 @pytest.mark.parametrize("values, words", [
     (dict(sampler="euler"), "sampler: 'euler'"), (dict(spacing="even"), "spacing: 'even'"),
-    (dict(steps=0), "steps: must be at least 1"), (dict(rho=0.0), "rho"),
+    (dict(steps=0), "steps: must be at least 1"), (dict(rho=0.5), "rho: must be"),
+    (dict(rho=3.0), "rho: logsnr spacing has none"),
     (dict(sigma_min=3.0, sigma_max=2.0), "sigma_min"), (dict(sigma_min=math.nan), "sigma_min"),
     (dict(sampler="ddim", eta=1.5), "eta: must be from 0 to 1"),
     (dict(sampler="heun", eta=0.5), "eta: heun has none"),

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from tools.measures import MEASURES
+from utils.configs import SAMPLERS, SPACINGS
 from utils.files import write_atomic
 
 REAL, GENERATED, GOOD, BAD = "#8a8f98", "#1f5fa8", "#2a7f4f", "#b5442c"
@@ -157,7 +158,8 @@ def draw_comparison(figure, compared: list[dict]) -> None:
                     if (found["sampler"], found["spacing"]) == kind and name in found["measures"]]
             unit = rows[0][1]["floor"] if rows and name == "frechet" else None
             axes.plot([calls for calls, _ in rows], [row["value"] / (unit or 1) for _, row in rows],
-                      "o-", label=", ".join(kind))
+                      "o" + ("-", "--", ":")[SPACINGS.index(kind[1])],
+                      color=f"C{list(SAMPLERS).index(kind[0])}", label=", ".join(kind))
         if rows and rows[0][1].get("interval"):
             axes.axhspan(*(end / (unit or 1) for end in rows[0][1]["interval"]), color=REAL,
                          alpha=0.25, lw=0)

@@ -226,7 +226,7 @@ class SamplerConfig:
         checks = {
             "steps": (1 <= self.steps <= 100_000, "at least 1 and at most 100000"),
             "resample": (self.resample >= 1, "at least 1"),
-            "rho": (0.1 <= self.rho <= 100, "from 0.1 to 100"),
+            "rho": (1 <= self.rho <= 100, "from 1 to 100"),
             "sigma_min": (0 <= self.sigma_min < self.sigma_max, "from 0 to below sigma_max"),
             "eta": (0 <= self.eta <= 1, "from 0 to 1"),
             "churn": (self.churn >= 0, "0 or above"),
@@ -234,6 +234,8 @@ class SamplerConfig:
         for name, (good, words) in checks.items():
             if not good:
                 raise ValueError(f"{name}: must be {words}, not {getattr(self, name)}")
+        if self.rho != type(self).rho and self.spacing != "karras":
+            raise ValueError(f"rho: {self.spacing} spacing has none; leave it out or take karras")
         for name in ("eta", "churn"):
             if getattr(self, name) and name not in SAMPLERS[self.sampler].options:
                 owners = [key for key, kind in SAMPLERS.items() if name in kind.options]
