@@ -100,7 +100,7 @@ def find_slices(root: Path) -> dict[str, list[Path]]:
     Raises UserError for a missing or empty folder, or one that `prepare` has not finished.
     """
     if not os.path.isdir(root):
-        raise UserError(f"{root}: no such folder; --data takes the folder that holds the slices")
+        raise UserError(f"{root}: no such folder; give the one that holds the slices")
     if os.path.isdir(root / ".staged"):
         raise UserError(f"{root}: its preparation is not finished; give the same python -m "
                         "tools.prepare again")
@@ -305,7 +305,8 @@ def load_splits(root: Path | None, image_size: int | None, cache: Path | None = 
         phantoms = {s: phantom_slices(image_size or 64, *subjects[s]) for s in SPLITS}
         return {s: Slices(images, names, crc32=zlib.crc32(images))
                 for s, (images, names) in phantoms.items()}
-    subject, class_of, files_of = subject_finder(root), class_finder(root), find_slices(root)
+    files_of = find_slices(root)
+    subject, class_of = subject_finder(root), class_finder(root)
     pairs = ((split, subject(path)) for split, files in files_of.items() for path in files)
     for line in subjects_in_two_splits(pairs):
         raise UserError(line)

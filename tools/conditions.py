@@ -68,7 +68,7 @@ def measure(model: Model, args: argparse.Namespace) -> dict:
     """The contents of conditions.json. Raises UserError for a model without heights or classes."""
     labels = model.labels
     if not labels.height_range or not labels.classes:
-        raise UserError(f"{model.path}: was trained without heights or classes; give another model")
+        raise UserError(f"{model.path}: was trained without heights, or without classes; give another model")
     train = load_data(args.data, tuple(model.net.config.sample_size), str(model.path))["train"]
     real_heights = labels.heights_of(train.numbers)
     heights = np.linspace(0, 1, args.num).tolist()

@@ -307,6 +307,10 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true",
                         help="measure the shipped models on --data first (default: off)")
     args = parser.parse_args()
+    for option, path, file in (("--data", args.data, ""), ("--run", args.run, "metrics.csv")):
+        if path and not (path / file).exists():
+            raise UserError(f"{option} {path}: no such folder, or it has no {file or 'slices'}; "
+                            "give another one")
     if args.measure and not args.data:
         raise UserError("--measure needs --data ROOT, the real slices to compare with")
     if args.measure:

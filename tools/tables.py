@@ -37,7 +37,7 @@ def glance() -> str:
                                if key in ("value", "floor")}) for found in models.values()]
     copies = ["none found" if found["measures"]["memorisation"]["as_real"] else "found"
               for found in models.values()]
-    return table([["400 slices; in parentheses: unseen real subjects", *models],
+    return table([["400 slices; in parentheses: as many real slices of unseen subjects", *models],
                   ["KID", *cells("kid", "{value} ({floor})")],
                   ["Frechet distance", *cells("frechet", "{value} ({floor})")],
                   ["spectrum, mean \\|log2 ratio\\|", *cells("spectrum", "{value} ({floor})")],

@@ -220,7 +220,7 @@ def find_model(name: str | Path, option: str = "--checkpoint") -> Path:
         raise UserError(f"{path}: holds neither a checkpoint nor model.safetensors; give a run "
                         "folder of train.py")
     if not path.exists():
-        shipped = f"; the shipped model is --model {name}" * (name in SHIPPED)
+        shipped = f"; the shipped model is {SHIPPED[name]}" if name in SHIPPED else ""
         raise UserError(f"{option} {path}: no such file or folder; give a run folder or a file of "
                         f"train.py{shipped}")
     return path

@@ -52,7 +52,9 @@ def listing(bad: list[BadSlice]) -> str:
 
 
 def need_plain_file(path: Path) -> None:
-    """Raises BadSlice for a broken link, or a pipe, which would block."""
+    """Raises BadSlice for no file, a broken link, or a pipe, which would block."""
+    if not os.path.lexists(path):
+        raise BadSlice(path, "no such file", "give another one")
     if not os.path.isfile(path):
         raise BadSlice(path, "cannot be read (a broken link, or not a regular file)")
 
