@@ -137,6 +137,16 @@ def make_denoiser(model: Model, args: argparse.Namespace, device: torch.device) 
                     args.clip, choose_dtype(args.dtype, device), model.net.config.patch_size)
 
 
+def checked_sampler(model: Model, args: argparse.Namespace) -> SamplerConfig:
+    """`sampler_config`, with noise levels that the model has. Raises UserError."""
+    config = sampler_config(args)
+    try:
+        noise_levels(model.scheduler, config)
+    except ValueError as error:
+        raise option_error(error) from None
+    return config
+
+
 def check_labels(model: Model, args: argparse.Namespace) -> None:
     """Raises UserError for a --position or --class that the model was not trained with."""
     labels = model.labels
@@ -379,13 +389,9 @@ def overviews(args: argparse.Namespace, model: Model, slices: dict[str, Slice]) 
 def predict(args: argparse.Namespace) -> None:
     """Samples what the options ask for, and writes it."""
     begin = time.monotonic()
-    config, device = sampler_config(args), local_device(args.device)
+    device = local_device(args.device)
     model = load_model(find_model(args.checkpoint or SHIPPED[args.model]), device)
-    try:
-        noise_levels(model.scheduler, config)
-    except ValueError as error:
-        raise option_error(error) from None
-    denoise = make_denoiser(model, args, device)
+    config, denoise = checked_sampler(model, args), make_denoiser(model, args, device)
     check_labels(model, args)
     args.stack = args.stack or args.position == "all"
     slices, start = requested(args, model), read_init(args, model)

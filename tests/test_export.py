@@ -62,7 +62,6 @@ def test_steps_are_those_of_predict(exported):
 
 def test_conditions_and_guidance_change_the_slice_and_wrong_ones_are_named(exported):
     model, pipeline, _ = exported
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     if not model.labels.dim:
         with pytest.raises(ValueError, match="without heights"):
             pipeline(position=0.5)

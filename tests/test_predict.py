@@ -558,3 +558,5 @@ def test_wrong_use_is_one_line(tiny, picture, tmp_path, rejected, make_run):
     rejected("predict.py", ["--model", "native", "--init", path], "picture.png", "16x16", "176x208")
     rejected("tools.evaluate", ["--data", tmp_path, "--position", "all"], "--position all")
     rejected("tools.conditions", ["--class", "CDR 1"], "--position and --class")
+    rejected("tools.conditions", ["--model", "64", "--steps", "2000", "--spacing", "trailing"],
+             "--steps: 2000", "1000")

@@ -43,8 +43,10 @@ def test_pictures_are_small_and_all_are_shown():
     assert not [picture.name for picture in pictures if picture.name not in text]
 
 
-def test_measuring_needs_real_slices(rejected):
+def test_figures_of_nothing_are_one_line(rejected):
     rejected("tools.figures", ["--measure"], "--measure needs --data")
+    rejected("tools.figures", ["--data", "nowhere"], "nowhere: no such folder")
+    rejected("tools.figures", ["--run", "nowhere"], "--run nowhere", "metrics.csv")
 
 
 @pytest.mark.parametrize("kind", ["evaluation", "conditions"])

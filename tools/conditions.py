@@ -18,16 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from predict import Model, Slice, generate, load_model, make_denoiser, sampling_settings
-from tools.evaluate import load_data
+from predict import (Model, Slice, checked_sampler, load_model, make_denoiser,
+                     sampling_settings)
+from tools.evaluate import load_data, sampled
 from tools.measures import Sample, fluid, unit_rows
 from utils.checkpoint import SHIPPED, find_model
-from utils.cli import Parser, UserError, positive_int, progress_bar, run_cli
+from utils.cli import Parser, UserError, positive_int, run_cli
 from utils.device import keep_freed_memory
 from utils.distributed import local_device
 from utils.files import write_json
 from utils.pictures import to_uint8
-from utils.sampling_options import add_sampling_options, sampler_config
+from utils.sampling_options import add_sampling_options
 
 BANDS = ("lower third", "middle third", "upper third")
 
@@ -42,13 +43,9 @@ def sample_of(images: Tensor) -> Sample:
 def draw(model: Model, args: argparse.Namespace, heights: list[float], class_: str) -> Tensor:
     """uint8 (len(heights), H, W) of one class: from --seed on, a seed for each height."""
     slices = [Slice(seed, height, class_) for seed, height in enumerate(heights, args.seed)]
-    config, parts = sampler_config(args), []
     denoise = make_denoiser(model, args, next(model.net.parameters()).device)
-    with progress_bar(len(slices), class_, "slice") as bar:
-        for images, batch in generate(model, slices, config, denoise, args.batch_size):
-            parts.append(to_uint8(images)[:, 0])
-            bar.update(len(batch))
-    return torch.cat(parts)
+    return to_uint8(sampled(model, slices, class_, checked_sampler(model, args), args.batch_size,
+                            denoise=denoise))[:, 0]
 
 
 def nearest_heights(images: Tensor, train: Tensor, heights: Tensor) -> Tensor:
@@ -68,7 +65,8 @@ def measure(model: Model, args: argparse.Namespace) -> dict:
     """The contents of conditions.json. Raises UserError for a model without heights or classes."""
     labels = model.labels
     if not labels.height_range or not labels.classes:
-        raise UserError(f"{model.path}: was trained without heights, or without classes; give another model")
+        raise UserError(f"{model.path}: was trained without heights, or without classes; give "
+                        "another model")
     train = load_data(args.data, tuple(model.net.config.sample_size), str(model.path))["train"]
     real_heights = labels.heights_of(train.numbers)
     heights = np.linspace(0, 1, args.num).tolist()
@@ -85,7 +83,7 @@ def measure(model: Model, args: argparse.Namespace) -> dict:
                                              zip(train.subjects, train.classes) if class_ == name})}
     pairs = torch.stack([asked.repeat(len(nearest)), torch.cat(nearest)])
     denoise = make_denoiser(model, args, next(model.net.parameters()).device)
-    settings = sampling_settings(args, model, sampler_config(args), denoise)
+    settings = sampling_settings(args, model, checked_sampler(model, args), denoise)
     del settings["class"]
     return {"model": model.path.name, "num": args.num, "first_seed": args.seed, **settings,
             "bands": [*BANDS, "all"], "height_correlation": torch.corrcoef(pairs)[0, 1].item(),

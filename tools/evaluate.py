@@ -12,6 +12,7 @@ Every number stands beside its floor: the same measure for as many real slices o
 import argparse
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dataset import Slices, load_splits, slice_number
-from modules import noise_levels
-from predict import (Model, Slice, check_labels, generate, load_model, make_denoiser,
-                     sampling_settings)
+from predict import (Model, Slice, check_labels, checked_sampler, generate, load_model,
+                     make_denoiser, sampling_settings)
 from tools.audit import SHOWN, Nearest, in_words, judge, nearest
 from tools.evaluation_page import draw_page
 from tools.features import INSTALL, cached_features, extract, load_network
@@ -30,13 +30,13 @@ from tools.measures import (MEASURES, Measure, Sample, TooFew, bootstrap, histog
                             shuffled, spectrum_curve)
 from utils.checkpoint import SHIPPED, find_model
 from utils.cli import EVAL_SEED, Parser, UserError, positive_int, progress_bar, run_cli
-from utils.configs import SAMPLERS, SPACINGS, SamplerConfig
+from utils.configs import QUALITY, SAMPLERS, SPACINGS, SamplerConfig
 from utils.device import keep_freed_memory
 from utils.distributed import local_device
 from utils.files import write_json
 from utils.images import BadSlice, images_in, in_parallel, read_gray
 from utils.pictures import to_uint8
-from utils.sampling_options import add_sampling_options, option_error, sampler_config
+from utils.sampling_options import add_sampling_options
 
 NUM = 400  # slices that are drawn
 
@@ -59,6 +59,19 @@ def setting(text: str) -> dict:
     return given | ({"spacing": match[3]} if match[3] else {})
 
 
+def sampled(model: Model, slices: list[Slice | int], title: str,
+            config: SamplerConfig = QUALITY["default"], batch_size: int = 16,
+            watch: Callable = lambda x, clean: None, **options) -> Tensor:
+    """The images of `generate`, (N, 1, H, W), with a progress bar."""
+    batch_size = min(len(slices), batch_size)
+    with progress_bar(-(-len(slices) // batch_size) * (config.steps + 1), title, "state") as bar:
+        def count(x: Tensor, clean: Tensor) -> None:
+            bar.update()
+            watch(x, clean)
+        return torch.cat([images for images, _ in generate(
+            model, slices, config, batch_size=batch_size, watch=count, **options)])
+
+
 class Drawn(NamedTuple):
     """Slices that a model drew: uint8 (N, H, W), the seeds, the heights they are conditioned on
     (0 to 1, or None), and what made them, network calls included."""
@@ -73,19 +86,16 @@ def draw_slices(model: Model, args: argparse.Namespace, config: SamplerConfig,
                 device: torch.device) -> Drawn:
     """Samples --num slices as predict.py does from the same options."""
     denoise, num = make_denoiser(model, args, device), args.num
-    seeds, batch_size = list(range(args.seed, args.seed + num)), min(args.batch_size, num)
+    seeds = list(range(args.seed, args.seed + num))
     slices = [Slice(seed, model.labels.height(seed, args.position), args.class_)
               for seed in seeds]
-    batches = -(-num // batch_size)
-    with progress_bar(batches * (config.steps + 1), f"{config.sampler}:{config.steps}",
-                      "state") as bar:
-        drawn = generate(model, slices, config, denoise, batch_size,
-                         watch=lambda *_: bar.update())
-        images = [to_uint8(batch)[:, 0] for batch, _ in drawn]
+    images = sampled(model, slices, f"{config.sampler}:{config.steps}", config, args.batch_size,
+                     denoise=denoise)
     heights = torch.tensor([s.height for s in slices]) if model.labels.height_range else None
     settings = sampling_settings(args, model, config, denoise) | {
-        "position": args.position, "calls": denoise.calls // batches, "first_seed": args.seed}
-    return Drawn(torch.cat(images), [f"seed {seed}" for seed in seeds], heights, settings)
+        "position": args.position, "calls": denoise.calls // -(-num // args.batch_size),
+        "first_seed": args.seed}
+    return Drawn(to_uint8(images)[:, 0], [f"seed {seed}" for seed in seeds], heights, settings)
 
 
 def read_folder(folder: Path, num: int | None) -> tuple[Tensor, list[str]]:
@@ -358,18 +368,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def sampler_configs(args: argparse.Namespace, model: Model) -> list[SamplerConfig]:
-    """How to sample, for each of --compare or once. Raises UserError for what does not fit."""
-    configs = []
-    for given in args.compare or [{}]:
-        configs.append(sampler_config(argparse.Namespace(**vars(args) | given)))
-        try:
-            noise_levels(model.scheduler, configs[-1])
-        except ValueError as error:
-            raise option_error(error) from None
-    return configs
-
-
 def evaluate_folder(args: argparse.Namespace, net: nn.Module, model: Model | None) -> dict:
     """The contents of evaluation.json for the slices in --slices."""
     images, names = read_folder(args.slices, args.num)
@@ -390,7 +388,8 @@ def evaluate_model(args: argparse.Namespace, net: nn.Module, model: Model,
         raise UserError(f"--seed {args.seed} and --num {args.num} go beyond the last seed, "
                         f"{EVAL_SEED - 1}")
     shape = tuple(model.net.config.sample_size)
-    configs = sampler_configs(args, model)
+    configs = [checked_sampler(model, argparse.Namespace(**vars(args) | given))
+               for given in args.compare or [{}]]
     make_denoiser(model, args, device), check_labels(model, args)  # a wrong option ends it here
     reference, found = Reference(load_data(args.data, shape, str(model.path)), net), []
     for config in configs:

@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from tools.measures import MEASURES
 from utils.configs import SAMPLERS, SPACINGS
@@ -149,7 +150,7 @@ def draw_place(axes, line: int, row: dict, colour: str) -> None:
 
 def draw_comparison(figure, compared: list[dict]) -> None:
     """Quality of each setting against the network calls that a slice takes."""
-    plots = figure.subplots(1, 3)
+    plots, calls = figure.subplots(1, 3), [found["calls"] for found in compared]
     for axes, name, title in zip(plots, ("kid", "frechet", "spectrum"), (
             "KID", "Frechet distance over its floor", "Spectrum, mean |log2 ratio|")):
         for kind in dict.fromkeys((found["sampler"], found["spacing"]) for found in compared):
@@ -157,14 +158,16 @@ def draw_comparison(figure, compared: list[dict]) -> None:
                     for found in sorted(compared, key=lambda found: found["calls"])
                     if (found["sampler"], found["spacing"]) == kind and name in found["measures"]]
             unit = rows[0][1]["floor"] if rows and name == "frechet" else None
-            axes.plot([calls for calls, _ in rows], [row["value"] / (unit or 1) for _, row in rows],
+            axes.plot([count for count, _ in rows], [row["value"] / (unit or 1) for _, row in rows],
                       "o" + ("-", "--", ":")[SPACINGS.index(kind[1])],
                       color=f"C{list(SAMPLERS).index(kind[0])}", label=", ".join(kind))
         if rows and rows[0][1].get("interval"):
             axes.axhspan(*(end / (unit or 1) for end in rows[0][1]["interval"]), color=REAL,
                          alpha=0.25, lw=0)
-        axes.set(xlabel="network calls a slice", ylim=(0, None), xscale="log")
-        axes.set_xticks([5, 10, 20, 50, 100, 250], [5, 10, 20, 50, 100, 250], minor=False)
-        axes.minorticks_off()
+        axes.set(xlabel="network calls a slice", ylim=(0, None), xscale="log",
+                 xlim=(min(calls) / 1.2, max(calls) * 1.2))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(title, **INDENT)
     figure.legend(*plots[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,14 +24,15 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from dataset import Slices, load_splits, subject_of
+from dataset import Slices, find_slices, load_splits, subject_of
 from modules import Denoiser, UNet, noise_levels
-from predict import Model, Slice, generate, load_model
+from predict import Model, Slice, load_model
+from tools.evaluate import sampled
 from tools.evaluation_page import draw_comparison
 from tools.tables import ROOT, write_tables
 from tools.volumes import Cutting, cut_volume, upright
 from utils.checkpoint import SHIPPED
-from utils.cli import Parser, UserError, progress_bar, run_cli
+from utils.cli import Parser, UserError, run_cli
 from utils.configs import QUALITY, UNetConfig
 from utils.device import choose_dtype
 from utils.log import draw_losses
@@ -73,18 +73,6 @@ def measure(data: Path) -> None:
             shutil.copyfile(out / "slices" / "grid.png", path.with_suffix(".seeds.png"))
             if name == "native":
                 shutil.copyfile(out / "evaluation.png", IMAGES / "evaluation.png")
-
-
-def sampled(model: Model, slices: list[Slice | int], title: str, config=QUALITY["default"],
-            watch: Callable = lambda x, clean: None, **options) -> torch.Tensor:
-    """The images of `generate`, (N, 1, H, W), with a progress bar."""
-    batch_size = min(len(slices), 16)
-    with progress_bar(-(-len(slices) // batch_size) * (config.steps + 1), title, "state") as bar:
-        def count(x: torch.Tensor, clean: torch.Tensor) -> None:
-            bar.update()
-            watch(x, clean)
-        return torch.cat([images for images, _ in generate(
-            model, slices, config, batch_size=batch_size, watch=count, **options)])
 
 
 def draw_process(model, states: torch.Tensor) -> None:
@@ -307,10 +295,10 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true",
                         help="measure the shipped models on --data first (default: off)")
     args = parser.parse_args()
-    for option, path, file in (("--data", args.data, ""), ("--run", args.run, "metrics.csv")):
-        if path and not (path / file).exists():
-            raise UserError(f"{option} {path}: no such folder, or it has no {file or 'slices'}; "
-                            "give another one")
+    if args.data:
+        find_slices(args.data)  # a wrong folder ends it here
+    if args.run and not (args.run / "metrics.csv").exists():
+        raise UserError(f"--run {args.run}: has no metrics.csv; give a run folder of train.py")
     if args.measure and not args.data:
         raise UserError("--measure needs --data ROOT, the real slices to compare with")
     if args.measure:
