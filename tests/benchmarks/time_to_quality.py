@@ -17,7 +17,7 @@ from pathlib import Path
 import bench  # first: it puts the scripts on the path
 import torch
 from bench import facts, print_table
-from contenders import Training, comparable, ddp_training, diffusers_training
+from contenders import Training, ddp_training, diffusers_training
 from matplotlib import pyplot as plt
 from modules import Denoiser, sample
 from tools.evaluate import Reference, assess, load_data, rounded
@@ -55,10 +55,9 @@ def run_for(step: Callable, seconds: float, device: torch.device) -> int:
 
 
 def our_run(args: argparse.Namespace, steps: int) -> train.Run:
-    """train.py's run with a net of their kind; nothing is written."""
-    options = train.parse_args([*comparable(SIZE), "--data", str(args.data), "--steps", str(steps),
-                                "--learning-rate", "5e-4", "--run", str(args.out / "unused"),
-                                "--device", args.device])
+    """train.py's default run on slices; nothing is written."""
+    options = train.parse_args(["--data", str(args.data), "--steps", str(steps), "--run",
+                                str(args.out / "unused"), "--device", args.device])
     return train.prepare(options)
 
 
