@@ -15,7 +15,7 @@ float32 whatever type the network computes in.
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -128,37 +128,24 @@ def upsample(channels: int) -> nn.Module:
 class Level(nn.Module):
     """Residual blocks, each followed by attention where it is wanted, then a resampling.
 
-    channels: (in, out) of each residual block; down, up: whether it halves or doubles H and W.
+    channels: (in, out) of each residual block; attention: whether it follows each of them; down,
+        up: whether the level halves or doubles H and W.
     """
 
-    def __init__(self, channels: list[tuple[int, int]], attention: bool, temb_dim: int,
+    def __init__(self, channels: list[tuple[int, int]], attention: list[bool], temb_dim: int,
                  config: UNetConfig, dropout: float, down: bool = False, up: bool = False):
         super().__init__()
         width, groups = channels[-1][1], config.norm_num_groups
         self.resnets = nn.ModuleList(
             ResnetBlock(i, o, temb_dim, groups, dropout) for i, o in channels)
-        self.attentions = nn.ModuleList(Attention(width, config) for _ in channels if attention)
+        self.attentions = nn.ModuleList(
+            Attention(width, config) if wanted else nn.Identity() for wanted in attention)
         self.downsamplers = nn.ModuleList([downsample(width)] if down else [])
         self.upsamplers = nn.ModuleList([upsample(width)] if up else [])
 
     def layer(self, index: int, x: Tensor, temb: Tensor) -> Tensor:
         """Residual block `index` and its attention: (B, in, H, W) -> (B, out, H, W)."""
-        x = self.resnets[index](x, temb)
-        return self.attentions[index](x) if self.attentions else x
-
-
-class MidBlock(nn.Module):
-    """The coarsest level: residual block, attention, residual block; (B, C, H, W) -> same."""
-
-    def __init__(self, channels: int, temb_dim: int, config: UNetConfig):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, temb_dim, config.norm_num_groups,
-                        config.level_dropout(-1)) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels, config)])
-
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb)), temb)
+        return self.attentions[index](self.resnets[index](x, temb))
 
 
 class UNet(nn.Module):
@@ -187,17 +174,18 @@ class UNet(nn.Module):
             channels = [(current, width)] + [(width, width)] * (depth - 1)
             down = level < len(widths) - 1
             self.down_blocks.append(
-                Level(channels, attention[level], temb_dim, config, config.level_dropout(level),
-                      down=down))
+                Level(channels, [attention[level]] * depth, temb_dim, config,
+                      config.level_dropout(level), down=down))
             skips += [width] * (depth + down)
             current = width
-        self.mid_block = MidBlock(current, temb_dim, config)
+        self.mid_block = Level([(current, current)] * 2, [True, False], temb_dim, config,
+                               config.level_dropout(-1))
         for level, width in reversed(list(enumerate(widths))):
             inputs = [current] + [width] * depth
             channels = [(before + skips.pop(), width) for before in inputs]
             self.up_blocks.append(
-                Level(channels, attention[level], temb_dim, config, config.level_dropout(level),
-                      up=level > 0))
+                Level(channels, [attention[level]] * len(channels), temb_dim, config,
+                      config.level_dropout(level), up=level > 0))
             current = width
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0])
@@ -252,7 +240,8 @@ class UNet(nn.Module):
             for halve in level.downsamplers:  # one, but none on the last level
                 x = halve(x)
                 skips.append(x)
-        x = self.mid_block(x, temb)
+        for index in range(len(self.mid_block.resnets)):
+            x = self.mid_block.layer(index, x, temb)
         for level in self.up_blocks:
             for index in range(len(level.resnets)):
                 x = level.layer(index, torch.cat([x, skips.pop()], dim=1), temb)
@@ -317,23 +306,22 @@ class LabelConfig:
         heights = HEIGHT_FREQUENCIES if self.height_range else 0
         return heights + len(self.classes) + self.augmentations
 
-    def encode(self, heights: Tensor, classes: Tensor, augmentations: Tensor | None = None
-               ) -> Tensor | None:
-        """Label vectors, float32 (B, dim); None for an unconditional net.
+    def encode(self, heights: Tensor, classes: Sequence[str | None],
+               augmentations: Tensor | None = None) -> Tensor | None:
+        """Label vectors, float32 (B, dim) on the CPU; None for an unconditional net.
 
-        heights: (B,) in [0, 1], nan for none; classes: int64 (B,) indices into `classes`, -1 for
-        none; augmentations: (B, augmentations), None for none.
+        heights: (B,) in [0, 1], nan for none; classes: B names; one that is not in `classes`, such
+        as None, is none; augmentations: (B, augmentations), None for none.
         """
         parts = []
         if self.height_range:
-            frequencies = torch.arange(HEIGHT_FREQUENCIES, device=heights.device)
-            angles = math.pi * frequencies * heights[:, None].float()
+            angles = math.pi * torch.arange(HEIGHT_FREQUENCIES) * heights[:, None].float()
             parts.append(angles.cos().nan_to_num(0.0))
         if self.classes:
-            names = torch.arange(len(self.classes), device=classes.device)
-            parts.append((classes[:, None] == names).float())
+            parts.append(torch.tensor([[float(name == known) for known in self.classes]
+                                       for name in classes]))
         if self.augmentations:
-            parts.append(torch.zeros(len(heights), self.augmentations, device=heights.device)
+            parts.append(torch.zeros(len(heights), self.augmentations)
                          if augmentations is None else augmentations)
         return torch.cat(parts, dim=1) if parts else None
 
@@ -345,7 +333,7 @@ class LabelConfig:
     def for_seeds(self, seeds: list[int]) -> Tensor | None:
         """Label vectors, float32 (len(seeds), dim) on the CPU: each seed's height, and no class."""
         heights = torch.tensor([self.height(seed) or 0.0 for seed in seeds])
-        return self.encode(heights, torch.full((len(seeds),), -1))
+        return self.encode(heights, [None] * len(seeds))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -790,7 +778,8 @@ class EMA:
     """
 
     def __init__(self, net: nn.Module, length: float = 0.09):
-        self.gamma = power_function_exponent(length)
+        # length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) for a profile t^gamma on [0, 1]
+        self.gamma = np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max()
         self.num_updates = 0
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
 
@@ -803,12 +792,3 @@ class EMA:
         torch._foreach_lerp_(averaged, current, 1 - decay)
         for ours, theirs in zip(self.net.buffers(), net.buffers()):
             ours.copy_(theirs)
-
-
-def power_function_exponent(length: float) -> float:
-    """gamma of the profile t^gamma on [0, 1] whose standard deviation is `length`.
-
-    The root of length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024b, section
-    3.1).
-    """
-    return float(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max())

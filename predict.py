@@ -221,8 +221,7 @@ def generate(model: Model, slices: Iterable[Slice | int],
 
     def encode(batch: list[Slice]) -> Tensor | None:
         heights = [math.nan if s.height is None else s.height for s in batch]
-        classes = [-1 if s.class_ is None else labels.classes.index(s.class_) for s in batch]
-        return labels.encode(torch.tensor(heights), torch.tensor(classes))
+        return labels.encode(torch.tensor(heights), [s.class_ for s in batch])
 
     shape = (net.config.in_channels, *net.config.sample_size)
     done = 0

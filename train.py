@@ -34,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset import (AUGMENTATIONS, Slices, augment, batch_indices, draw_augmentations, load_splits,
                      moved)
 from modules import EMA, Denoiser, LabelConfig, NoiseScheduler, UNet, run_net, sample, seeded_noise
-from utils.checkpoint import (check_same_run, check_shapes, checkpoints, find_model,
-                              fitting_weights, newest_checkpoint, write_checkpoint,
+from utils.checkpoint import (check_same_run, checkpoints, find_model, fitting_weights,
+                              newest_checkpoint, write_checkpoint,
                               write_safetensors)
 from utils.cli import EVAL_SEED, UserError, run_cli
 from utils.configs import (QUALITY, SamplerConfig, SchedulerConfig, TrainConfig, UNetConfig,
@@ -212,23 +212,28 @@ class Run:
         Random numbers are drawn for the whole batch, so that they depend on (seed, step) alone.
         """
         config, count = self.config, self.config.batch_size
-        generator = torch.Generator().manual_seed(step_seed(config.seed, step, LABEL_STREAM))
-        drop = (torch.rand(2, count, generator=generator) < config.label_dropout)[:, mine]
-        heights, classes = self.heights_and_classes("train", indices)
-        heights[drop[0]], classes[drop[1]] = math.nan, -1
-        parameters = moved(draw_augmentations(count, config.augment, generator)[mine],
-                           self.device)
+        seed = step_seed(config.seed, step, LABEL_STREAM)
+        drop = (np.random.default_rng(seed).random((2, count)) < config.label_dropout)[:, mine]
+        generator = torch.Generator().manual_seed(seed)
+        parameters = draw_augmentations(count, config.augment, generator)[mine]
         if config.augment:
-            images = augment(images, parameters)
-        return images, self.labels.encode(moved(heights, self.device), moved(classes, self.device),
-                                          parameters)
+            images = augment(images, moved(parameters, self.device))
+        return images, self.encode("train", indices, drop, parameters)
 
-    def heights_and_classes(self, split: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Heights in the head, (B,), and class indices, (B,), -1 for none, on the CPU."""
-        data, names = self.data[split], list(self.labels.classes)
-        classes = [data.classes[i] for i in indices]
-        return self.labels.heights_of(data.numbers[indices]), torch.tensor(
-            [names.index(name) if name in names else -1 for name in classes])
+    def encode(self, split: str, indices: np.ndarray, drop: np.ndarray | None = None,
+               augmentations: Tensor | None = None) -> Tensor | None:
+        """Label vectors of slices, (B, dim), on the device.
+
+        drop: boolean (2, B), the heights and the classes to drop; None for none.
+        """
+        data = self.data[split]
+        numbers, classes = data.numbers[indices], [data.classes[i] for i in indices]
+        if drop is not None:
+            numbers = np.where(drop[0], np.nan, numbers)
+            classes = [None if gone else name for name, gone in zip(classes, drop[1])]
+        heights = self.labels.heights_of(numbers)
+        vectors = self.labels.encode(heights, classes, augmentations)
+        return None if vectors is None else moved(vectors, self.device)
 
     def backward(self) -> Tensor:
         """Computes the gradient of the next step's batch; returns its loss over all ranks."""
@@ -310,8 +315,7 @@ class Run:
             images, steps = data[indices % len(data)], timesteps[indices].to(self.device)
             noise = seeded_noise([EVAL_SEED + i for i in indices.tolist()], images.shape[1:])()
             noise = noise.to(self.device)
-            labels = self.labels.encode(*(moved(part, self.device) for part in
-                                          self.heights_and_classes(split, indices % len(data))))
+            labels = self.encode(split, indices % len(data))
             noisy = self.scheduler.add_noise(images, noise, steps)
             error = (run_net(self.ema.net, noisy, steps, self.dtype, labels)
                      - self.scheduler.training_target(images, noise, steps))
@@ -339,22 +343,13 @@ class Run:
         return row
 
     def sample(self, num: int = 16, sampler: SamplerConfig = QUALITY["default"]) -> Tensor:
-        """Samples slices from seeds 0 to num - 1 with the EMA model, the same seeds each time.
-
-        Seeds are distributed over the ranks; the last rank may repeat some.
-        """
-        config, each = self.net.config, -(-num // world_size())
-        seeds = [min(rank() * each + place, num - 1) for place in range(each)]
+        """Samples slices from seeds 0 to num - 1 with the EMA model, the same seeds each time."""
+        config = self.net.config
         denoise = Denoiser(self.ema.net, self.scheduler, dtype=self.dtype,
                            patch_size=config.patch_size)
         shape = (config.in_channels, *config.sample_size)
-        images = torch.cat([*sample(denoise, seeds, shape, sampler, each, self.device,
-                                    labels=self.labels.for_seeds)])
-        if world_size() == 1:
-            return images
-        parts = [torch.empty_like(images, device="cpu") for _ in range(world_size())]
-        dist.all_gather(parts, images.cpu())
-        return torch.cat(parts)[:num]
+        return torch.cat([*sample(denoise, list(range(num)), shape, sampler, num, self.device,
+                                  labels=self.labels.for_seeds)])
 
     # Saving and loading ------------------------------------------------------------------
 
@@ -406,7 +401,6 @@ class Run:
         if content["step"] > self.config.steps:
             raise UserError(f"--steps {self.config.steps}: {self.folder} is at step "
                             f"{content['step']} already; give more, or another --run")
-        check_shapes(content, self.net)
         self._note_changes(content["step"], stored)
         self.net.load_state_dict(content["net"])
         self.ema.net.load_state_dict(content["ema"])
@@ -468,7 +462,7 @@ def train(run: Run, log_every: int, save_every: int, hours: float = math.inf,
                 "images_per_second": log.steps_per_second() * run.config.batch_size})
             if save:  # images first: they are not drawn again once the checkpoint exists
                 picture = run.folder / "samples" / f"step_{run.step:07d}.png"
-                on_rank_zero(save_grid, run.sample(), picture, 4)
+                on_rank_zero(lambda: save_grid(run.sample(), picture, 4))
                 on_rank_zero(draw_losses, run.folder)
                 on_rank_zero(run.save)
                 if run.step <= run.config.steps / 4:  # for autoguidance (Karras et al. 2024a)
@@ -542,7 +536,7 @@ def prepare(args: argparse.Namespace) -> Run:
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"{run.checkpoint}: is damaged ({str(error).splitlines()[0]}); give "
+        raise UserError(f"{run.checkpoint}: is damaged ({str(error).splitlines()[-1]}); give "
                         "another --run") from None
     if args.init and run.step == 0:
         on_all_ranks(lambda: run.initialise(find_model(args.init, "--init")))

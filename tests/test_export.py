@@ -96,7 +96,7 @@ def test_layers_at_full_resolution_are_exported(tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "m", trust_remote_code=True)
     x, level = torch.randn(2, 1, 32, 24), model.scheduler.level(400)
     denoise = Denoiser(net, model.scheduler, patch_size=4)
-    denoise.labels = model.labels.encode(torch.full((2,), 1 / 3), torch.ones(2, dtype=torch.long))
+    denoise.labels = model.labels.encode(torch.full((2,), 1 / 3), ["b", "b"])
     theirs = pipeline.predict(x, torch.tensor(400), pipeline.row(1 / 3, "b"))
     torch.testing.assert_close(theirs, denoise(x, level)[0], rtol=1e-4, atol=1e-4)
 

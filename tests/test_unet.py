@@ -210,17 +210,17 @@ def test_dropout_by_level():
 
 def test_labels_are_sums_of_parts_that_can_each_be_left_out():
     labels = LabelConfig(height_range=(0, 31), classes=("CDR 0", "CDR 1"), augmentations=3)
-    nothing, height, name = torch.tensor([math.nan]), torch.tensor([0.3]), torch.tensor([1])
-    both = labels.encode(height, name)
+    nothing, height = torch.tensor([math.nan]), torch.tensor([0.3])
+    both = labels.encode(height, ["CDR 1"])
     assert both.shape == (1, labels.dim) and torch.equal(
-        both, labels.encode(height, -name) + labels.encode(nothing, name))
-    assert torch.equal(labels.encode(nothing, -name), torch.zeros(1, labels.dim))
-    assert LabelConfig().encode(height, name) is None
+        both, labels.encode(height, [None]) + labels.encode(nothing, ["CDR 1"]))
+    assert torch.equal(labels.encode(nothing, ["CDR 2"]), torch.zeros(1, labels.dim))
+    assert LabelConfig().encode(height, ["CDR 1"]) is None
 
 
 def test_heights_are_told_apart_and_neighbours_are_alike():
     labels = LabelConfig(height_range=(0, 31))
-    vectors = labels.encode(torch.arange(32) / 31, torch.full((32,), -1))
+    vectors = labels.encode(torch.arange(32) / 31, [None] * 32)
     distances = torch.cdist(vectors, vectors)
     assert distances[~torch.eye(32, dtype=bool)].min() > 0.5
     assert all(distances[i].topk(3, largest=False).indices.sort().values.tolist()

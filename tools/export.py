@@ -10,6 +10,7 @@ The folder holds the weights of a `UNet2DModel`, a scheduler, pipeline.py (what 
 express: patches of pixels, the convolution behind them, conditions), and a model card.
 """
 
+import itertools
 import json
 import shutil
 from dataclasses import asdict
@@ -67,9 +68,8 @@ def label_table(model: Model) -> Tensor | None:
     if not labels.dim:
         return None
     heights = [torch.nan, *torch.linspace(0, 1, height_rows(model)).tolist()]
-    classes = [-1, *range(len(labels.classes))]
-    pairs = [(height, index) for height in heights for index in classes]
-    vectors = labels.encode(*(torch.tensor(column) for column in zip(*pairs)))
+    heights, classes = zip(*itertools.product(heights, [None, *labels.classes]))
+    vectors = labels.encode(torch.tensor(heights), classes)
     return model.net.class_embedding(vectors)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from utils.cli import UserError
@@ -135,17 +135,6 @@ def check_same_run(folder: Path, content: dict, configs: dict[str, object],
     if changed:
         raise UserError(f"{folder}: holds another run ({'; '.join(changed)}); give those values, "
                         "or another --run")
-
-
-def check_shapes(content: dict, net: nn.Module) -> None:
-    """Raises ValueError unless a checkpoint's tensors have the shapes of the net's."""
-    wanted = {name: tensor.shape for name, tensor in net.state_dict().items()}
-    shapes = [parameter.shape for parameter in net.parameters()]
-    if any({name: tensor.shape for name, tensor in content[part].items()} != wanted
-           for part in ("net", "ema")) or any(
-            state[name].shape != shapes[index] for name in ("exp_avg", "exp_avg_sq")
-            for index, state in content["optimizer"]["state"].items()):
-        raise ValueError("its tensors do not fit its configuration")
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], configs: dict[str, dict], step: int

@@ -13,25 +13,6 @@ import torch
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name, or the fastest here for "auto": cuda, then mps, then cpu.
-
-    Raises ValueError if the device is unknown or not on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else (
-            "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {name!r} is not on this machine; take cpu, or leave it out "
-                         "for the fastest that is") from None
-    return device
-
-
 def unusable_gpu() -> str | None:
     """Why this build of torch cannot use the NVIDIA GPU that is here; None if it can, or if there
     is no GPU's driver or CUDA_VISIBLE_DEVICES hides the GPU."""
