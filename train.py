@@ -50,6 +50,7 @@ from utils.pictures import save_grid
 from utils.train_options import check_tools, parse_args
 
 STARTED = time.monotonic()  # --max-hours counts from here
+OFFSET_SIGMA = 0.5  # --offset-noise acts below it
 LABEL_STREAM = 2**31  # `part` of `step_seed` for labels and augmentation; no micro-batch has it
 
 # ---------------------------------------------------------------------------------------------
@@ -146,6 +147,7 @@ class Run:
         self.timestep_cdf = self.scheduler.timestep_cdf(
             None if config.noise_distribution == "uniform"
             else config.p_mean - scheduler.log_snr_shift / 2, config.p_std).float().to(device)
+        self.offset_end = self.scheduler.level_of_sigma(OFFSET_SIGMA).timestep
         torch.manual_seed(config.seed)
         self.net = UNet(unet).to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.net, config.ema_length)
@@ -197,8 +199,12 @@ class Run:
         if self.labels.dim:
             images, labels = self.label(images, indices, step, mine)
         torch.manual_seed(step_seed(config.seed, step))
-        timesteps = draw_timesteps(count, self.timestep_cdf)[mine]
-        noise = torch.randn(count, *images.shape[1:], device=self.device)[mine]
+        timesteps = draw_timesteps(count, self.timestep_cdf)
+        noise = torch.randn(count, *images.shape[1:], device=self.device)
+        if config.offset_noise:  # Guttenberg 2023, but only where the background shows the offset
+            offset = config.offset_noise * torch.randn(count, 1, 1, 1, device=self.device)
+            noise += offset * (timesteps < self.offset_end)[:, None, None, None]
+        noise, timesteps = noise[mine], timesteps[mine]
         if parts > 1:
             torch.manual_seed(step_seed(config.seed, step, 1 + part))
         noisy = self.scheduler.add_noise(images, noise, timesteps)

@@ -286,5 +286,6 @@ class TrainConfig:
     p_std: float = 1.2
     augment: float = 0.0
     label_dropout: float = 0.1
+    offset_noise: float = 0.0
     init: str | None = None
     extended: tuple = ()
