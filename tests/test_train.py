@@ -119,6 +119,27 @@ def test_accumulated_micro_batches_are_one_batch(make_run):
     assert all(torch.equal(before[n], p) for n, p in run.net.named_parameters())
 
 
+def test_noise_has_an_offset_where_it_can_be_seen(make_run):
+    """The mean of an image's noise has a standard deviation of 0.3, but of one over the square
+    root of the number of pixels for sigma above 0.5; the target is that very noise."""
+    run = make_run(batch_size=32, offset_noise=0.3, labels=LabelConfig())
+    means, sigmas = [], []
+
+    def oracle(x, t):
+        images = run.data["train"][batch_indices(32, 32, 0, step)]
+        alpha_bar = run.scheduler.alphas_cumprod[t].float()[:, None, None, None]
+        noise = (x - alpha_bar.sqrt() * images) / (1 - alpha_bar).sqrt()
+        means.append(noise.mean((1, 2, 3)))
+        sigmas.append((1 / alpha_bar - 1).sqrt().flatten())
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * images
+    run.wrapped = oracle
+    for step in range(30):
+        assert run.loss(step) < 1e-6
+    means, sigmas = torch.cat(means), torch.cat(sigmas)
+    assert means[sigmas < 0.49].std() == pytest.approx((0.3**2 + 1 / 256) ** 0.5, rel=0.15)
+    assert means[sigmas > 0.51].std() == pytest.approx(1 / 16, rel=0.15)
+
+
 def test_timesteps_are_uniform_and_stratified():
     uniform = NoiseScheduler(make_scheduler_config("cosine")).timestep_cdf().float()
     for _ in range(20):
