@@ -113,6 +113,14 @@ def test_inspect(data, tmp_path, rejected):
     rejected("tools.inspect", [tmp_path / "nowhere"], "nowhere")
 
 
+@pytest.mark.parametrize("name", ["evaluate", "inspect", "prepare"])
+def test_a_tool_started_as_a_file_says_how_to_start_it(name):
+    done = subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py"], capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "error: give python -m tools.NAME, in the folder of README.md"]
+
+
 def test_inspect_into_a_pipe_that_is_closed(data, tmp_path):
     """As by `python -m tools.inspect ROOT | head -1`."""
     process = subprocess.Popen(command("tools.inspect", data), cwd=tmp_path,

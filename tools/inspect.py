@@ -4,6 +4,12 @@
     python -m tools.inspect             the same for the phantoms
 """
 
+import sys
+
+if __name__ == "inspect":  # `python tools/NAME.py` finds it in place of Python's own module
+    print("error: give python -m tools.NAME, in the folder of README.md", file=sys.stderr)
+    sys.exit(2)
+
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
