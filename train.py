@@ -96,6 +96,7 @@ def make_configs(args: argparse.Namespace, size: tuple[int, int], device: torch.
         option = "--image-size" if "image size" in str(error) else "--preset or its options"
         raise UserError(f"{option}: {error}") from None
     values = {**vars(args), "data": args.data.resolve().name if args.data else "phantoms",
+              "init": args.init and Path(args.init).name,  # models are shared; paths are private
               "dtype": str(choose_dtype(args.dtype, device)).removeprefix("torch."),
               "data_crc32": data_crc32}
     config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)
@@ -400,7 +401,7 @@ class Run:
         if content is None:
             return
         stored = content["train"]
-        may_change = ["steps", "data", "accumulate", "extended", "clip_sample"]
+        may_change = ["steps", "data", "init", "accumulate", "extended", "clip_sample"]
         if self.auto_dtype and stored["dtype"] != "float16":
             may_change.append("dtype")
         check_same_run(self.folder, content, self.parts(), may_change)
