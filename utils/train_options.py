@@ -17,18 +17,19 @@ from utils.configs import SCHEDULES
 RECIPE = dict(
     block_out_channels=[96, 128, 128, 128], layers_per_block=1, attention_up_to=16, patch_size=2,
     dropout=[0.0, 0.1], final_channels=4, refine_channels=32, schedule="cosine-shifted",
-    noise_distribution="log-normal", p_mean=-2.0, p_std=1.6, augment=0.15,
-    condition=["height", "class"], ema_short=0.05, batch_size=64, learning_rate=1.2e-3,
-    steps=10_000, save_every=1250)
+    noise_distribution="log-normal", p_mean=-2.0, p_std=1.6, offset_noise=0.1,
+    augment=0.15, condition=["height", "class"], ema_short=0.05, batch_size=64,
+    learning_rate=1.2e-3, steps=10_000, save_every=1250)
 PRESETS = {
     "quick": RECIPE | dict(
         image_size=48, block_out_channels=[32, 64, 96], attention_up_to=6, dropout=[0.0],
-        final_channels=0, refine_channels=0, schedule="cosine", p_mean=-1.2, p_std=1.2, augment=0.0,
-        ema_short=0.0, batch_size=16, learning_rate=2e-3, steps=600, save_every=150),
+        final_channels=0, refine_channels=0, schedule="cosine", p_mean=-1.2, p_std=1.2,
+        offset_noise=0.0, augment=0.0, ema_short=0.0, batch_size=16, learning_rate=2e-3, steps=600,
+        save_every=150),
     "64": RECIPE | dict(
         image_size=64, block_out_channels=[96, 128, 128], attention_up_to=8,
-        schedule="cosine", p_mean=-1.2, batch_size=16, learning_rate=8e-4, steps=9500,
-        save_every=1000),
+        schedule="cosine", p_mean=-1.2, batch_size=16, learning_rate=8e-4,
+        steps=20_000, save_every=1000),
     "128": RECIPE | dict(image_size=128),
     "native": RECIPE | dict(image_size="native"),
     "256": RECIPE | dict(image_size=256),
@@ -88,7 +89,7 @@ OPTIONS = {
          finite_float),
         ("p-std", "standard deviation of ln sigma", None, positive_float),
         ("offset-noise", "standard deviation of an offset of each image's noise where sigma is "
-         "below 0.5, which teaches the network to keep backgrounds black (0: none)", 0.0, fraction),
+         "below 0.5, which teaches the network to keep backgrounds black (0: none)", None, fraction),
         ("prediction-type", "what the network predicts", "v_prediction",
          ("epsilon", "v_prediction", "sample")),
         ("num-train-timesteps", "number of noise levels", 1000, timestep_count),
