@@ -17,18 +17,17 @@ from utils.configs import SCHEDULES
 RECIPE = dict(
     block_out_channels=[96, 128, 128, 128], layers_per_block=1, attention_up_to=16, patch_size=2,
     dropout=[0.0, 0.1], final_channels=4, refine_channels=32, schedule="cosine-shifted",
-    noise_distribution="log-normal", p_mean=-2.0, p_std=1.6, offset_noise=0.1,
+    noise_distribution="log-normal", p_mean=-2.0, p_std=1.6, offset_noise=0.0,
     augment=0.15, condition=["height", "class"], ema_short=0.05, batch_size=64,
     learning_rate=1.2e-3, steps=10_000, save_every=1250)
 PRESETS = {
     "quick": RECIPE | dict(
         image_size=48, block_out_channels=[32, 64, 96], attention_up_to=6, dropout=[0.0],
         final_channels=0, refine_channels=0, schedule="cosine", p_mean=-1.2, p_std=1.2,
-        offset_noise=0.0, augment=0.0, ema_short=0.0, batch_size=16, learning_rate=2e-3, steps=600,
-        save_every=150),
+        augment=0.0, ema_short=0.0, batch_size=16, learning_rate=2e-3, steps=600, save_every=150),
     "64": RECIPE | dict(
         image_size=64, block_out_channels=[96, 128, 128], attention_up_to=8,
-        schedule="cosine", p_mean=-1.2, batch_size=16, learning_rate=8e-4,
+        schedule="cosine", p_mean=-1.2, offset_noise=0.1, batch_size=16, learning_rate=8e-4,
         steps=20_000, save_every=1000),
     "128": RECIPE | dict(image_size=128),
     "native": RECIPE | dict(image_size="native"),
