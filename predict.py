@@ -29,7 +29,8 @@ from utils.checkpoint import SHIPPED, find_model, read_model
 from utils.cli import EVAL_SEED, UserError, progress_bar, run_cli
 from utils.configs import QUALITY, SamplerConfig, SchedulerConfig, UNetConfig
 from utils.device import choose_dtype, keep_freed_memory
-from utils.distributed import join_processes, local_device, on_all_ranks, rank, world_size
+from utils.distributed import (join_processes, leave_processes, local_device, on_all_ranks, rank,
+                               world_size)
 from utils.files import sha256, write_json
 from utils.images import BadSlice, fit, read_gray, read_mr_slice
 from utils.manifest import Manifest
@@ -421,6 +422,7 @@ def main() -> None:
     join_processes()
     keep_freed_memory()
     on_all_ranks(lambda: predict(args))
+    leave_processes()
 
 
 if __name__ == "__main__":

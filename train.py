@@ -13,7 +13,6 @@ Ctrl-C, SIGTERM, SIGUSR1 or --max-hours stopped it, else from the last checkpoin
 
 import argparse
 import contextlib
-import gc
 import json
 import math
 import os
@@ -42,8 +41,8 @@ from utils.configs import (QUALITY, SamplerConfig, SchedulerConfig, TrainConfig,
                            make_scheduler_config)
 from utils.device import (choose_dtype, describe_machine, keep_freed_memory, memory_gib,
                           out_of_memory)
-from utils.distributed import (Stop, join_processes, local_device, on_all_ranks, on_rank_zero,
-                               rank, world_size)
+from utils.distributed import (Stop, join_processes, leave_processes, local_device, on_all_ranks,
+                               on_rank_zero, rank, world_size)
 from utils.files import write_json
 from utils.log import QUARTILES, Log, draw_losses
 from utils.pictures import save_grid
@@ -591,11 +590,7 @@ def main() -> None:
     keep_freed_memory()
     args = on_all_ranks(parse_args)
     carry_out(args)
-    if dist.is_initialized():
-        # Objects that use the group must be deleted first: if one of them is the group's last user,
-        # it waits for the group's threads while it holds the interpreter lock that they need.
-        gc.collect()
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

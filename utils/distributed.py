@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import os
 import signal
 import sys
@@ -44,6 +45,15 @@ def join_processes() -> None:
                         f"connect ({error}); start them with torchrun") from None
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
+
+
+def leave_processes() -> None:
+    """Ends what `join_processes` began; a process that exits without may abort."""
+    if dist.is_initialized():
+        # Objects that use the group must be deleted first: if one of them is the group's last user,
+        # it waits for the group's threads while it holds the interpreter lock that they need.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def on_all_ranks(work: Callable, first: bool = False):
