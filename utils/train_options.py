@@ -88,7 +88,8 @@ OPTIONS = {
          finite_float),
         ("p-std", "standard deviation of ln sigma", None, positive_float),
         ("offset-noise", "standard deviation of an offset of each image's noise where sigma is "
-         "below 0.5, which teaches the network to keep backgrounds black (0: none)", None, fraction),
+         "below 0.5, which teaches the network to keep backgrounds black (0: none)", None,
+         fraction),
         ("prediction-type", "what the network predicts", "v_prediction",
          ("epsilon", "v_prediction", "sample")),
         ("num-train-timesteps", "number of noise levels", 1000, timestep_count),
